@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import torch
+
+from mergeready.errors import FormatError, MismatchError, NonFiniteError, OptionError, listing
+from mergeready.experts.base import Base
+from mergeready.experts.kinship import require_kinship
+from mergeready.experts.peft_config import CONFIG_NAME, PeftConfig
+from mergeready.experts.peft_lora import WEIGHTS_NAME, PeftTaskVector
+from mergeready.experts.record import recorded_base
+from mergeready.experts.task_vector import FullTaskVector, TaskVector
+from mergeready.weights.names import match_names
+from mergeready.weights.open import WeightsLike, open_weights, resolve_folder
+from mergeready.weights.safetensors_folder import SafetensorsFolder
+from mergeready.weights.source import WeightSource, is_mergeable
+
+
+@dataclass(frozen=True)
+class Expert:
+    """An expert on a base, ready to be measured and merged.
+
+    Attributes:
+        label: How messages call it.
+        format: ``full`` or ``peft``, or ``task vector`` for one that was made in memory.
+        vector: Its task vector.
+        folder: Where it lies, if it is a folder.
+        extra: Its parameters that the base does not have, such as a task's own head. They are not merged.
+        missing: Base parameters that it does not have. They count as unchanged.
+        statistics: Source of its running statistics, if it is a full model.
+        base_checked: How its base was verified: ``recorded`` (exact), ``weights`` (plausible) or ``nothing``.
+    """
+
+    label: str
+    format: Literal["full", "peft", "task vector"]
+    vector: TaskVector
+    folder: Path | None = None
+    extra: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    statistics: WeightSource | None = None
+    base_checked: Literal["recorded", "weights", "nothing"] = "nothing"
+
+
+ExpertLike: TypeAlias = WeightsLike | Expert | TaskVector
+
+
+def open_expert(
+    expert: ExpertLike,
+    base: WeightsLike | Base,
+    *,
+    strict: bool = True,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+) -> Expert:
+    """Open an expert relative to its base: a full checkpoint or a PEFT LoRA adapter.
+
+    Args:
+        expert: A folder, hub id, state dict or live module; or an expert or task vector that is open already.
+        base: The base it was trained from.
+        strict: Refuse parameters that only the expert or only the base has. Otherwise the former stay out of
+            the merge (``Expert.extra``) and the latter count as unchanged (``Expert.missing``).
+        revision: Commit, tag or branch; only for a hub id.
+        allow_pickle: See :func:`mergeready.weights.open_weights`.
+
+    Raises:
+        BaseMismatchError: If it was trained from another base, as far as that can be told.
+        MismatchError: If names or shapes do not fit; all are listed.
+        UnsupportedError: If it is of a kind that cannot be folded into weights.
+        NotTrainedError: If it is an adapter that changes nothing.
+        NonFiniteError: If an adapter holds NaN or infinite values.
+        FormatError: If its files cannot be read.
+    """
+    base = Base.open(base)
+    if isinstance(expert, TaskVector):
+        expert = Expert(expert.label, "task vector", expert, base_checked="recorded")
+    if isinstance(expert, Expert):
+        base.identity.require_same(expert.vector.base, expert.label, expert.vector)
+        return expert
+    if isinstance(expert, str | Path):
+        return _open_folder(expert, base, strict, revision, allow_pickle)
+    if isinstance(expert, Mapping) and any(".lora_" in str(name) for name in expert):
+        raise OptionError("a state dict of LoRA factors lacks its configuration; pass the adapter's folder.")
+    return _open_full(open_weights(expert), base, strict)
+
+
+def _open_folder(
+    path: str | Path, base: Base, strict: bool, revision: str | None, allow_pickle: bool
+) -> Expert:
+    folder = resolve_folder(path, revision=revision)
+    is_adapter = (folder / CONFIG_NAME).is_file()
+    recorded = recorded_base(folder) if folder.is_dir() else None
+    if recorded is not None:
+        base.identity.require_same(recorded, str(path))
+    if is_adapter:
+        expert = _open_peft(folder, str(path), base, strict, recorded is not None)
+    else:
+        source = open_weights(folder, allow_pickle=allow_pickle)
+        source.label = str(path)
+        expert = _open_full(source, base, strict, folder if folder.is_dir() else None, recorded is not None)
+    return expert
+
+
+def _open_peft(folder: Path, label: str, base: Base, strict: bool, recorded: bool) -> Expert:
+    config = PeftConfig.read(folder)
+    base.require_name(config.base_name, label)
+    if not (folder / WEIGHTS_NAME).is_file():
+        raise FormatError(
+            f"{folder} has {CONFIG_NAME} but no {WEIGHTS_NAME}. Save the adapter with save_pretrained; "
+            "adapter_model.bin is a pickle file and is not read."
+        )
+    source = SafetensorsFolder(folder / WEIGHTS_NAME, label)
+    broken = [name for name in source.infos if not bool(torch.isfinite(source.read(name)).all())]
+    if broken:
+        raise NonFiniteError(f"{label} holds NaN or infinite values in {listing(broken)}.")
+    vector = PeftTaskVector(source, config, base, label)
+    vector.require_trained()
+    if strict:
+        _refuse_extra(label, vector.extra, base)
+    checked: Literal["recorded", "nothing"] = "recorded" if recorded else "nothing"
+    return Expert(label, "peft", vector, folder, vector.extra, base_checked=checked)
+
+
+def _open_full(
+    source: WeightSource, base: Base, strict: bool, folder: Path | None = None, recorded: bool = False
+) -> Expert:
+    names, extra, missing = pair_with_base(source, base, strict=strict)
+    if not recorded:
+        require_kinship(source, base.source, names)
+    vector = FullTaskVector(source, base.source, names, base.identity)
+    checked: Literal["recorded", "weights"] = "recorded" if recorded else "weights"
+    return Expert(source.label, "full", vector, folder, extra, missing, source, checked)
+
+
+def pair_with_base(
+    source: WeightSource, base: Base, *, strict: bool
+) -> tuple[dict[str, str], tuple[str, ...], tuple[str, ...]]:
+    """Pair a full model's parameters with the base's.
+
+    Returns:
+        Base name to own name; own names beyond the base; base names beyond the model. The last two are empty
+        when ``strict``.
+
+    Raises:
+        MismatchError: If shapes differ, no name is common, or ``strict`` and names are left over; all are
+            listed at once.
+    """
+    own = {name: info for name, info in source.infos.items() if is_mergeable(name, info)}
+    theirs = {name: info for name, info in base.source.infos.items() if is_mergeable(name, info)}
+    match = match_names(own, theirs, aliases=source.aliases, base_aliases=base.source.aliases)
+    names = {base_name: name for name, base_name in match.to_base.items()}
+    problems = [
+        f"{name} is {own[mine].shape}, in the base {theirs[name].shape}"
+        for name, mine in names.items()
+        if own[mine].shape != theirs[name].shape
+    ]
+    if not names:
+        problems = [f"no parameter name of the base occurs ({listing(theirs, 3)})"]
+    elif strict:
+        problems += [f"{name} is missing" for name in match.missing]
+    if problems:
+        raise MismatchError(f"{source.label} does not fit the base {base.source.label}: {listing(problems)}.")
+    if strict:
+        _refuse_extra(source.label, match.extra, base)
+    return names, match.extra, match.missing
+
+
+def _refuse_extra(label: str, names: tuple[str, ...], base: Base) -> None:
+    if names:
+        raise MismatchError(
+            f"{label} has parameters that the base {base.source.label} lacks: {listing(names)}. "
+            "If they are a head of its own task, pass strict=False: they stay out of the merge."
+        )

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergeready.errors import FormatError, UnsupportedError
+
+CONFIG_NAME = "adapter_config.json"
+
+_CHANGES_BASE = re.compile(r"pissa|olora|corda|lora_ga|loftq")
+
+_REFUSALS = {
+    "layer_replication": "it duplicates layers of the base, so its parameters have no counterpart there",
+    "use_qalora": "its factors act on pooled groups of inputs and cannot be folded into the weight",
+    "arrow_config": "it routes between adapters for each token and is no single change of the weights",
+    "alora_invocation_tokens": "it acts only after its invocation tokens, so it is no change of the weights",
+    "target_parameters": "its factors act on three-dimensional expert weights, which are not supported yet",
+    "use_bdlora": "its factors are block-diagonal, which is not supported",
+    "kasa_config": "it changes the base weights at its start (KaSA truncates their singular values)",
+    "monteclora_config": "it samples its weights at each forward pass",
+}
+
+_NEUTRAL = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_config",
+    "megatron_core",
+    "modules_to_save",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "rank_pattern",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+    "velora_config",
+}
+"""Fields that say how the adapter was trained or where it goes; its tensors already tell what matters."""
+
+_USED = {
+    "alpha_pattern",
+    "bias",
+    "fan_in_fan_out",
+    "init_lora_weights",
+    "lora_alpha",
+    "lora_bias",
+    "trainable_token_indices",
+    "use_dora",
+    "use_rslora",
+}
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """The fields of a PEFT LoRA configuration that decide what its tensors mean.
+
+    Raises:
+        UnsupportedError: If the configuration asks for something that cannot be folded into weights, or for
+            something unknown.
+    """
+
+    fields: Mapping[str, Any]
+    label: str
+
+    def __post_init__(self) -> None:
+        problems = list(self._problems())
+        if problems:
+            raise UnsupportedError(
+                f"{self.label} cannot be folded into its base: " + "; ".join(problems) + "."
+            )
+
+    def _problems(self) -> list[str]:
+        kind = self.fields.get("peft_type")
+        if kind not in ("LORA", None):
+            return [f"its type is {kind}, and only LoRA adapters are supported"]
+        found = [f"`{key}`: {reason}" for key, reason in _REFUSALS.items() if self.fields.get(key)]
+        init = self.fields.get("init_lora_weights", True)
+        if isinstance(init, str) and _CHANGES_BASE.match(init.lower()):
+            found.append(
+                f"`init_lora_weights={init!r}` changed the base at the start of training, so the factors are "
+                "relative to another base (convert it: save_pretrained(path_initial_model_for_weight_conversion=...))"
+            )
+        known = _NEUTRAL | _USED | _REFUSALS.keys()
+        found += [
+            f"`{key}={value!r}` is not known to this version of mergeready"
+            for key, value in self.fields.items()
+            if key not in known and value not in (None, False, "", [], {})
+        ]
+        return found
+
+    @classmethod
+    def read(cls, folder: Path) -> PeftConfig:
+        """Read ``adapter_config.json``.
+
+        Raises:
+            FormatError: If it is not JSON, or describes no PEFT adapter.
+        """
+        path = folder / CONFIG_NAME
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
+            raise FormatError(f"{path} cannot be read ({error}).") from error
+        if not isinstance(fields, dict) or "peft_type" not in fields:
+            raise FormatError(f"{path} has no `peft_type`: it is not a PEFT adapter.")
+        return cls(fields, str(folder))
+
+    @property
+    def base_name(self) -> str | None:
+        """What the adapter calls its base: an id or a path."""
+        name = self.fields.get("base_model_name_or_path")
+        return str(name) if name else None
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether targets store their weight as (in, out)."""
+        return bool(self.fields.get("fan_in_fan_out"))
+
+    def scaling(self, module: str, rank: int) -> float:
+        """LoRA's factor for one module: α/r, or α/√r with rsLoRA (arXiv 2312.03732).
+
+        ``rank`` is read from the tensors, since patterns make it differ by module; α's pattern keys are regular
+        expressions that match the end of the module's name, the first match counting.
+        """
+        alpha = self.fields.get("lora_alpha")
+        for pattern, value in (self.fields.get("alpha_pattern") or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                alpha = value
+                break
+        if not isinstance(alpha, int | float):
+            raise FormatError(f"{self.label}: `lora_alpha` is {alpha!r}, not a number.")
+        return float(alpha) / (math.sqrt(rank) if self.fields.get("use_rslora") else rank)
+
+    def token_rows(self, module: str) -> list[int]:
+        """The trained token ids of one embedding module."""
+        indices = self.fields.get("trainable_token_indices")
+        if isinstance(indices, dict):
+            for name, rows in indices.items():
+                if module == name or module.endswith("." + name):
+                    return [int(row) for row in rows]
+        elif isinstance(indices, list):
+            return [int(row) for row in indices]
+        raise FormatError(f"{self.label}: `trainable_token_indices` says nothing about {module}.")

@@ -1,0 +1,21 @@
+"""Merging: one short file a method, one registry, engines on disk, in memory and in a live model."""
+
+from mergeready.merging import average, dare, task_arithmetic, ties  # noqa: F401 - each registers its methods
+from mergeready.merging.api import merge
+from mergeready.merging.folders import merge_folders
+from mergeready.merging.in_place import MergedInPlace
+from mergeready.merging.method import ElementwiseMethod, MergeMethod, Place
+from mergeready.merging.registry import make_method, method_class, method_names, register
+
+__all__ = [
+    "ElementwiseMethod",
+    "MergeMethod",
+    "MergedInPlace",
+    "Place",
+    "make_method",
+    "merge",
+    "merge_folders",
+    "method_class",
+    "method_names",
+    "register",
+]

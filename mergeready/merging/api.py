@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from mergeready.errors import OptionError
+from mergeready.experts.base import Base
+from mergeready.experts.open import ExpertLike, open_expert
+from mergeready.merging.folders import merge_folders
+from mergeready.merging.memory import merge_state, with_state
+from mergeready.merging.parameter import check_scale, check_weights
+from mergeready.merging.registry import MethodLike, make_method
+from mergeready.merging.statistics import Statistics
+
+
+@overload
+def merge(
+    base: str | Path,
+    experts: Sequence[ExpertLike],
+    method: MethodLike = ...,
+    *,
+    output: str | Path,
+    **options: Any,
+) -> Path: ...
+@overload
+def merge(
+    base: Mapping[str, Tensor], experts: Sequence[ExpertLike], method: MethodLike = ..., **options: Any
+) -> dict[str, Tensor]: ...
+@overload
+def merge(
+    base: nn.Module, experts: Sequence[ExpertLike], method: MethodLike = ..., **options: Any
+) -> nn.Module: ...
+
+
+def merge(
+    base: str | Path | Mapping[str, Tensor] | nn.Module,
+    experts: Sequence[ExpertLike],
+    method: MethodLike = "task_arithmetic",
+    *,
+    output: str | Path | None = None,
+    scale: float = 1.0,
+    weights: Sequence[float] | None = None,
+    dtype: torch.dtype | None = None,
+    statistics: Statistics = "base",
+    strict: bool = True,
+    overwrite: bool = False,
+    **parameters: Any,
+) -> Path | dict[str, Tensor] | nn.Module:
+    """Merge experts of one base, and return what the base was given as.
+
+    Args:
+        base: A folder or hub id, a state dict, or a module. Decides what is returned.
+        experts: Experts of any kind, mixed as you like: folders, hub ids, adapters, state dicts, modules.
+        method: A merge method's name, or a method with its parameters.
+        output: The folder to write; needed if and only if the base is a folder or hub id.
+        scale: Factor on the merged delta: ``merged = base + scale · method(deltas)``.
+        weights: One factor an expert; 1 each by default.
+        dtype: Floating dtype of the result; the base's own by default. Not for modules.
+        statistics: Where running statistics come from: ``base`` or ``average``.
+        strict: Refuse experts whose parameter names differ from the base's; see ``open_expert``.
+        overwrite: Replace ``output`` if it exists.
+        **parameters: The method's parameters, such as ``density=0.2``.
+
+    Returns:
+        The output folder's path, a new state dict, or a new module.
+
+    Raises:
+        MergeReadyError: With the name of what is wrong and how to mend it; see ``merge_folders``.
+
+    Example:
+        >>> base = {"layer.weight": torch.zeros(2, 2)}
+        >>> expert = {"layer.weight": torch.ones(2, 2)}
+        >>> merge(base, [expert], scale=0.5)["layer.weight"]
+        tensor([[0.5000, 0.5000],
+                [0.5000, 0.5000]])
+    """
+    if isinstance(base, str | Path):
+        if output is None:
+            raise OptionError("`output` is needed to merge folders: name the folder to write.")
+        return merge_folders(
+            base,
+            experts,
+            output,
+            method,
+            scale=scale,
+            weights=weights,
+            dtype=dtype,
+            statistics=statistics,
+            strict=strict,
+            overwrite=overwrite,
+            **parameters,
+        )
+    if output is not None:
+        raise OptionError("`output` belongs to merges of folders; this one returns its result.")
+    if isinstance(base, nn.Module) and dtype is not None:
+        raise OptionError("`dtype` cannot be chosen for a module; convert the base first.")
+    chosen = make_method(method, **parameters)
+    opened_base = Base.open(base)
+    opened = [open_expert(expert, opened_base, strict=strict) for expert in experts]
+    if not opened:
+        raise OptionError("`experts` is empty: there is nothing to merge.")
+    state = merge_state(
+        opened_base,
+        opened,
+        chosen,
+        scale=check_scale(scale),
+        weights=check_weights(weights, len(opened)),
+        dtype=dtype,
+        statistics=statistics,
+    )
+    return with_state(base, state) if isinstance(base, nn.Module) else state

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from mergeready.experts.task_vector import TaskVector
+from mergeready.merging.method import ElementwiseMethod, Place, weighted_sum
+from mergeready.merging.random_mask import kept_share, random_mask
+from mergeready.merging.registry import register, require_fraction
+from mergeready.merging.ties import elect_and_average
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Dare(ElementwiseMethod):
+    density: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_fraction("density", self.density)
+
+    def prepare(self, vector: TaskVector, name: str, slot: int) -> int:
+        return slot
+
+    def _drop(self, deltas: Sequence[Tensor], prepared: Sequence[Any], place: Place) -> None:
+        """Drop entries at random and rescale the rest by 1/density, so that the mean stays; in place."""
+        factor = 1 / kept_share(self.density)
+        for delta, slot in zip(deltas, prepared, strict=True):
+            if slot is None or self.density == 1:
+                continue
+            mask = random_mask(
+                self.density, seed=self.seed, slot=slot, name=place.name, start=place.start, stop=place.stop
+            )
+            delta.mul_(mask.to(delta.device)).mul_(factor)
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class DareLinear(_Dare):
+    """Drop And REscale, then the weighted sum: ``Σ wᵢ mᵢ ∘ τᵢ / density`` with ``mᵢ ~ Bernoulli(density)``.
+
+    Yu et al., "Language Models are Super Mario" (arXiv 2311.03099), equations 1 to 3; its drop rate is
+    ``1 - density``. Masks depend on the seed, the parameter's name and the expert's position only.
+
+    Attributes:
+        density: Share of entries kept, in (0, 1], in steps of 1/65536.
+        seed: Seed of the masks.
+    """
+
+    name: ClassVar[str] = "dare_linear"
+
+    def combine(
+        self, deltas: Sequence[Tensor], weights: Sequence[float], prepared: Sequence[Any], place: Place
+    ) -> Tensor:
+        self._drop(deltas, prepared, place)
+        return weighted_sum(deltas, weights)
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class DareTies(_Dare):
+    """Drop And REscale in place of TIES' trimming, then sign election and the mean of what agrees.
+
+    Sources as for ``dare_linear`` and ``ties``.
+
+    Attributes:
+        density: Share of entries kept, in (0, 1], in steps of 1/65536.
+        seed: Seed of the masks.
+    """
+
+    name: ClassVar[str] = "dare_ties"
+
+    def combine(
+        self, deltas: Sequence[Tensor], weights: Sequence[float], prepared: Sequence[Any], place: Place
+    ) -> Tensor:
+        self._drop(deltas, prepared, place)
+        return elect_and_average(deltas, weights)

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mergeready.errors import OptionError
+from mergeready.experts.base import Base
+from mergeready.experts.open import Expert, ExpertLike, open_expert
+from mergeready.experts.record import write_record
+from mergeready.merging.method import MergeMethod
+from mergeready.merging.parameter import (
+    add_delta,
+    check_scale,
+    check_weights,
+    merged_chunks,
+    raise_if_broken,
+    require_finite_chunk,
+)
+from mergeready.merging.registry import MethodLike, make_method
+from mergeready.merging.statistics import Statistics, merged_statistic
+from mergeready.weights.open import WeightsLike
+from mergeready.weights.source import TensorInfo, chunk_ranges, is_mergeable
+from mergeready.weights.writer import DEFAULT_SHARD_BYTES, FolderWriter
+
+
+def merge_folders(
+    base: WeightsLike | Base,
+    experts: Sequence[ExpertLike],
+    output: str | Path,
+    method: MethodLike = "task_arithmetic",
+    *,
+    scale: float = 1.0,
+    weights: Sequence[float] | None = None,
+    dtype: torch.dtype | None = None,
+    statistics: Statistics = "base",
+    strict: bool = True,
+    overwrite: bool = False,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    **parameters: Any,
+) -> Path:
+    """Merge experts into a model folder, parameter by parameter, holding one piece of one parameter at a time.
+
+    Everything is opened and checked before the first byte is written; the folder appears when it is complete.
+
+    Args:
+        base: The base that all experts started from.
+        experts: Experts of any kind that ``open_expert`` understands.
+        output: The folder to make.
+        method: A method's name or a method with its parameters.
+        scale: Factor on the merged delta.
+        weights: One factor an expert; 1 each by default.
+        dtype: Floating dtype of merged parameters; the base's own by default.
+        statistics: Where running statistics come from: ``base``, or the ``average`` over full experts.
+        strict: See ``open_expert``.
+        overwrite: Replace ``output`` if it exists.
+        shard_bytes: Upper size of one file in bytes.
+        **parameters: The method's parameters, such as ``density=0.2``.
+
+    Returns:
+        The path of the folder.
+
+    Raises:
+        MergeReadyError: One of the kinds that ``open_expert`` lists; ``OutputExistsError``; ``OptionError``;
+            ``NonFiniteError`` if the result would hold NaN or infinite values. Nothing is left behind then.
+    """
+    chosen = make_method(method, **parameters)
+    base = Base.open(base)
+    opened = [open_expert(expert, base, strict=strict) for expert in experts]
+    if not opened:
+        raise OptionError("`experts` is empty: there is nothing to merge.")
+    factors, scale = check_weights(weights, len(opened)), check_scale(scale)
+    infos = {name: _output_info(name, info, dtype) for name, info in base.source.infos.items()}
+    writer = FolderWriter(output, infos, shard_bytes=shard_bytes, companions=base.folder, overwrite=overwrite)
+    with writer:
+        _write_all(writer, base, opened, chosen, factors, scale, statistics)
+        recipe = chosen.describe() | {"scale": scale, "weights": factors, "experts": len(opened)}
+        write_record(writer.folder, base.identity, merge=recipe)
+        if dtype is not None:
+            _set_config_dtype(writer.folder / "config.json", dtype)
+    return Path(output)
+
+
+def _write_all(
+    writer: FolderWriter,
+    base: Base,
+    experts: Sequence[Expert],
+    method: MergeMethod,
+    weights: Sequence[float],
+    scale: float,
+    statistics: Statistics,
+) -> None:
+    vectors = [expert.vector for expert in experts]
+    broken: list[str] = []
+    for name, info in base.source.infos.items():
+        if not is_mergeable(name, info):
+            writer.write(name, merged_statistic(name, base.source, experts, statistics))
+            continue
+        written = False
+        for start, stop, delta in merged_chunks(method, name, info, vectors, weights):
+            original = base.source.read_flat(name, start, stop)
+            merged = add_delta(original, delta, scale, writer.infos[name].dtype)
+            require_finite_chunk(merged, name, broken)
+            writer.write(name, merged, start)
+            written = True
+        if not written:
+            for start, stop in chunk_ranges(info):
+                writer.write(name, base.source.read_flat(name, start, stop), start)
+    raise_if_broken(broken, vectors)
+
+
+def _output_info(name: str, info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
+    if dtype is None or not is_mergeable(name, info):
+        return info
+    if not dtype.is_floating_point:
+        raise OptionError(f"`dtype` must be a floating dtype, not {dtype}.")
+    return TensorInfo(info.shape, dtype)
+
+
+def _set_config_dtype(config: Path, dtype: torch.dtype) -> None:
+    if config.is_file():
+        content = json.loads(config.read_text(encoding="utf-8"))
+        key = "dtype" if "dtype" in content else "torch_dtype"
+        content[key] = str(dtype).removeprefix("torch.")
+        config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mergeready.errors import OptionError
+from mergeready.experts.base import Base
+from mergeready.experts.live import LiveExpert
+from mergeready.experts.open import ExpertLike, open_expert
+from mergeready.experts.task_vector import TaskVector
+from mergeready.merging.parameter import (
+    add_delta,
+    check_scale,
+    check_weights,
+    merged_delta,
+    raise_if_broken,
+    require_finite_chunk,
+)
+from mergeready.merging.registry import MethodLike, make_method
+from mergeready.weights.guard import untouched
+from mergeready.weights.open import WeightsLike
+
+
+class MergedInPlace:
+    """Inside the ``with`` block, a live model holds merged weights; afterwards, its own again, bit for bit.
+
+    The merge is computed once, on entry; ``set_scale`` then changes the scale at the cost of one addition. Weights,
+    buffers, random state, training flags and ``requires_grad`` are put back also after an exception. Beside the
+    model this holds its own weights and the merged deltas, on the CPU.
+
+    Args:
+        model: The model in training, or a ``LiveExpert`` that was made from it.
+        base: The base; see ``LiveExpert``. Ignored if ``model`` is a ``LiveExpert``.
+        experts: The other experts.
+        method: A merge method's name, or a method with its parameters.
+        scale: Factor on the merged delta.
+        weights: One factor an expert, the model's own first; 1 each by default.
+        include_model: Whether the model's own task vector takes part. Without it and without experts, the block
+            sees the base.
+        **parameters: The method's parameters.
+
+    Raises:
+        MergeReadyError: As ``open_expert`` does; ``NonFiniteError`` on entry if merged values are not finite.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> before = model.weight.detach().clone()
+        >>> base = {name: 0.9 * p for name, p in model.state_dict().items()}
+        >>> with MergedInPlace(model, base, [], scale=0.0):
+        ...     bool(torch.equal(model.weight, base["weight"]))
+        True
+        >>> bool(torch.equal(model.weight, before))
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | LiveExpert,
+        base: WeightsLike | Base | None,
+        experts: Sequence[ExpertLike],
+        method: MethodLike = "task_arithmetic",
+        *,
+        scale: float = 1.0,
+        weights: Sequence[float] | None = None,
+        include_model: bool = True,
+        **parameters: Any,
+    ) -> None:
+        self.live = model if isinstance(model, LiveExpert) else LiveExpert(model, base)
+        self.method = make_method(method, **parameters)
+        opened = [open_expert(expert, self.live.base, strict=False).vector for expert in experts]
+        self.vectors: list[TaskVector] = [self.live.vector, *opened] if include_model else opened
+        self.weights = check_weights(weights, len(self.vectors))
+        self._scale = check_scale(scale)
+        self._deltas: dict[str, Tensor] = {}
+        self._stack = ExitStack()
+        names = [*self.live.vector, *(name for vector in opened for name in vector)]
+        self._names = [name for name in dict.fromkeys(names) if name in self.live.targets]
+
+    def __enter__(self) -> MergedInPlace:
+        self._deltas = self._merge()
+        targets = {name: self.live.targets[name] for name in self._names}
+        with ExitStack() as stack:
+            self._kept = stack.enter_context(untouched(self.live.model, targets))
+            stack.enter_context(self.live.adapter_off())
+            self._write()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._deltas, self._kept = {}, {}
+        self._stack.__exit__(kind, error, traceback)
+
+    def set_scale(self, scale: float) -> None:
+        """Write the merged weights for another scale.
+
+        Raises:
+            OptionError: If the scale is not finite, or the block was left.
+        """
+        if not self._deltas and self._names:
+            raise OptionError("the scale can only be set inside the `with` block.")
+        self._scale = check_scale(scale)
+        self._write()
+
+    def _merge(self) -> dict[str, Tensor]:
+        deltas: dict[str, Tensor] = {}
+        broken: list[str] = []
+        infos = self.live.base.source.infos
+        for name in self._names:
+            delta = merged_delta(self.method, name, infos[name], self.vectors, self.weights)
+            if delta is None:
+                delta = torch.zeros(infos[name].shape)
+            require_finite_chunk(delta, name, broken)
+            deltas[name] = delta.cpu()
+        raise_if_broken(broken, self.vectors)
+        return deltas
+
+    @torch.no_grad()
+    def _write(self) -> None:
+        for name, delta in self._deltas.items():
+            target = self.live.targets[name]
+            # With a live base the target *is* the base until it is overwritten; what was kept still is.
+            base = self._kept[name] if self.live.base_is_live else self.live.base.source.read(name)
+            target.copy_(add_delta(base, delta, self._scale, target.dtype))

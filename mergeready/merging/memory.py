@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mergeready.experts.base import Base
+from mergeready.experts.open import Expert
+from mergeready.merging.method import MergeMethod
+from mergeready.merging.parameter import add_delta, merged_delta, raise_if_broken, require_finite_chunk
+from mergeready.merging.statistics import Statistics, merged_statistic
+from mergeready.weights.source import is_mergeable
+
+
+def merge_state(
+    base: Base,
+    experts: Sequence[Expert],
+    method: MergeMethod,
+    *,
+    scale: float,
+    weights: Sequence[float],
+    dtype: torch.dtype | None,
+    statistics: Statistics,
+) -> dict[str, Tensor]:
+    """Merge in memory: new tensors under the base's names; tied tensors stay tied.
+
+    Raises:
+        NonFiniteError: If the result would hold NaN or infinite values.
+    """
+    vectors = [expert.vector for expert in experts]
+    state: dict[str, Tensor] = {}
+    broken: list[str] = []
+    for name, info in base.source.infos.items():
+        original = base.source.read(name)
+        if not is_mergeable(name, info):
+            state[name] = merged_statistic(name, base.source, experts, statistics).clone()
+            continue
+        delta = merged_delta(method, name, info, vectors, weights)
+        out = dtype or info.dtype
+        state[name] = original.to(out, copy=True) if delta is None else add_delta(original, delta, scale, out)
+        require_finite_chunk(state[name], name, broken)
+    raise_if_broken(broken, vectors)
+    for alias, name in base.source.aliases.items():
+        state[alias] = state[name]
+    return state
+
+
+def with_state(module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    """A copy of a module that holds other weights, on the same devices."""
+    merged = copy.deepcopy(module)
+    with torch.no_grad():
+        for name, tensor in [*merged.named_parameters(), *merged.named_buffers()]:
+            tensor.copy_(state[name])
+    return merged

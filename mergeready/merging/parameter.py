@@ -1,0 +1,113 @@
+"""The heart of every engine: the merged delta of one parameter, piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergeready.errors import NonFiniteError, OptionError, listing
+from mergeready.experts.task_vector import TaskVector
+from mergeready.merging.method import ElementwiseMethod, MergeMethod, Place
+from mergeready.weights.source import TensorInfo, chunk_ranges
+
+
+def merged_chunks(
+    method: MergeMethod, name: str, info: TensorInfo, vectors: Sequence[TaskVector], weights: Sequence[float]
+) -> Iterator[tuple[int, int, Tensor]]:
+    """The merged delta of one parameter as (start, stop, fp32 values), in order and without gaps.
+
+    Yields nothing where no expert has a delta. Every engine merges through this function, on the same pieces,
+    which is why their results are equal bit by bit.
+    """
+    if not any(name in vector for vector in vectors):
+        return
+    if not isinstance(method, ElementwiseMethod):
+        raise OptionError(f"{method.name} is of an unknown kind.")
+    prepared = [
+        method.prepare(vector, name, slot) if name in vector else None for slot, vector in enumerate(vectors)
+    ]
+    for start, stop in chunk_ranges(info):
+        deltas = _read(vectors, name, start, stop)
+        yield start, stop, method.combine(deltas, weights, prepared, Place(name, start, stop))
+
+
+def merged_delta(
+    method: MergeMethod, name: str, info: TensorInfo, vectors: Sequence[TaskVector], weights: Sequence[float]
+) -> Tensor | None:
+    """The whole merged delta of one parameter in its shape, fp32; None where no expert has one."""
+    pieces = [values for _, _, values in merged_chunks(method, name, info, vectors, weights)]
+    return torch.cat(pieces).reshape(info.shape) if pieces else None
+
+
+def add_delta(base: Tensor, delta: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """``base + scale · delta`` in fp32, rounded once to ``dtype``.
+
+    In two steps for the reason given at :func:`mergeready.merging.method.weighted_sum`.
+    """
+    return delta.mul(scale).add_(base.to(device=delta.device, dtype=torch.float32)).to(dtype)
+
+
+def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
+    """One finite factor an expert; 1 each where None is given.
+
+    Raises:
+        OptionError: If their number is wrong or one is not finite.
+    """
+    if weights is None:
+        return [1.0] * count
+    if len(weights) != count:
+        raise OptionError(f"`weights` has {len(weights)} values for {count} experts.")
+    broken = [str(w) for w in weights if not abs(w) < float("inf")]
+    if broken:
+        raise OptionError(f"`weights` must be finite, not {listing(broken)}.")
+    return [float(weight) for weight in weights]
+
+
+def check_scale(scale: float) -> float:
+    """A finite scale.
+
+    Raises:
+        OptionError: If it is not.
+    """
+    if not abs(scale) < float("inf"):
+        raise OptionError(f"`scale` must be finite, not {scale}.")
+    return float(scale)
+
+
+def require_finite_chunk(values: Tensor, name: str, broken: list[str]) -> None:
+    """Note a parameter whose merged values are NaN or infinite."""
+    if name not in broken and not bool(torch.isfinite(values).all()):
+        broken.append(name)
+
+
+def raise_if_broken(broken: Sequence[str], vectors: Sequence[TaskVector]) -> None:
+    """Raise if merged values were not finite.
+
+    Raises:
+        NonFiniteError: Naming the parameters and, where one can be found, the expert to blame.
+    """
+    if not broken:
+        return
+    culprits = [v.label for v in vectors if any(_is_broken(v, name) for name in broken)]
+    whose = f" in {listing(culprits)}" if culprits else " after merging (a scale or weight is too large)"
+    raise NonFiniteError(
+        f"NaN or infinite values{whose}: {listing(broken)}. Nothing was written. "
+        "Its training diverged or its file is damaged; use an earlier checkpoint."
+    )
+
+
+def _is_broken(vector: TaskVector, name: str) -> bool:
+    if name not in vector:
+        return False
+    ranges = chunk_ranges(vector.infos[name])
+    return any(not bool(torch.isfinite(vector.flat(name, a, b)).all()) for a, b in ranges)
+
+
+def _read(vectors: Sequence[TaskVector], name: str, start: int, stop: int) -> list[Tensor]:
+    read: list[Any] = [vector.flat(name, start, stop) if name in vector else None for vector in vectors]
+    device = next(values.device for values in read if values is not None)
+    zeros = torch.zeros(stop - start, device=device)
+    return [zeros.clone() if values is None else values.to(device) for values in read]

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import math
+
+import torch
+
+from mergeready.errors import OptionError
+from mergeready.metrics.stream import Accumulator, Chunk
+
+_SHIFT = 13  # bins are the upper 18 bits of |x|: exponent and ten bits of mantissa, 0.1 % wide
+_BINS = 1 << 18
+
+
+class TopMassAccumulator(Accumulator):
+    """Share of ‖τ‖² that sits in the entries of largest magnitude.
+
+    Near the share of entries for a flat task vector, near 1 for a sparse one; says what trimming costs. Entries are
+    counted and summed in bins 0.1 % wide, and a bin is split evenly where the border falls into it, so the result
+    is exact to 1e-6 unless a bin holds more than one percent of the mass.
+
+    Args:
+        expert: Position of the task vector among those in a chunk.
+    """
+
+    def __init__(self, expert: int = 0) -> None:
+        self._expert = expert
+        self.sums = torch.zeros(2, _BINS, dtype=torch.float64)
+
+    def update(self, chunk: Chunk) -> None:
+        values = chunk.deltas[self._expert].contiguous()
+        bins = (values.view(torch.int32) & 0x7FFFFFFF) >> _SHIFT
+        self.sums[0] += torch.bincount(bins, minlength=_BINS).cpu()
+        self.sums[1] += torch.bincount(bins, weights=values.double().square_(), minlength=_BINS).cpu()
+
+    def share(self, top: float) -> float:
+        """Share of the squared norm in the ``top`` share of entries, such as 0.01; NaN for a zero vector.
+
+        Raises:
+            OptionError: If ``top`` is outside (0, 1].
+        """
+        if not 0 < top <= 1:
+            raise OptionError(f"`top` must be in (0, 1], not {top}.")
+        counts, mass = self.sums.flip(1)
+        total = float(mass.sum())
+        if total == 0:
+            return math.nan
+        wanted = top * float(counts.sum())
+        seen = counts.cumsum(0)
+        border = int((seen >= wanted - 1e-9).nonzero().min())
+        before = float(seen[border] - counts[border])
+        part = (wanted - before) / float(counts[border])
+        return float(mass[:border].sum() + part * mass[border]) / total

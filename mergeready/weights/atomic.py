@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mergeready.errors import OutputExistsError
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Write a file under a temporary name beside it; on success it takes the place of ``path`` in one step.
+
+    Yields the temporary path. On any exception the temporary file is removed and ``path`` is as it was.
+    """
+    temporary = _beside(path)
+    try:
+        yield temporary
+        sync_file(temporary)
+        temporary.replace(path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Fill a folder under a temporary name beside it; on success it becomes ``path``, complete.
+
+    With ``overwrite``, the old folder is moved aside first and deleted last, so that at every moment at least
+    one complete folder exists.
+
+    Raises:
+        OutputExistsError: If ``path`` exists and ``overwrite`` is not set; nothing was written.
+    """
+    if path.exists() and not overwrite:
+        raise OutputExistsError(f"{path} exists. Name another output, or allow overwriting it.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                sync_file(file)
+        _take_place(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _take_place(temporary: Path, path: Path) -> None:
+    old = _beside(path) if path.exists() else None
+    if old is not None:
+        path.rename(old)
+    try:
+        temporary.rename(path)
+    except OSError:
+        if old is not None:
+            old.rename(path)
+        raise
+    sync_folder(path.parent)
+    if old is not None:
+        shutil.rmtree(old)
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file to the disk, so that a rename cannot make a half written file look finished."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_folder(path: Path) -> None:
+    """Flush a folder's entries to the disk, where the system can (Windows cannot open folders)."""
+    if os.name == "posix":
+        sync_file(path)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
