@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mergeready.weights.source import TensorInfo, chunk_ranges
+from mergeready.weights.source import CHUNK_ELEMENTS, TensorInfo, chunk_ranges
 
 _SHIFT = 15  # of the 31 bits of |x|, the upper 16 make the bin: exponent and eight bits of mantissa
 _BINS = 1 << 16
@@ -53,16 +54,26 @@ def top_k(read: Read, info: TensorInfo, count: int) -> TopK:
 
     Equal to what a full stable sort by falling magnitude would give. NaN must have been ruled out before.
     """
-    histogram = torch.zeros(_BINS, dtype=torch.int64)
+    if info.numel <= CHUNK_ELEMENTS:
+        magnitude = read(0, info.numel).abs().cpu()
+        value = torch.kthvalue(magnitude, info.numel - count + 1).values
+        return _break_ties(magnitude, torch.arange(info.numel), float(value), count)
+    histogram = np.zeros(_BINS, dtype=np.int64)
     for start, stop in chunk_ranges(info):
-        histogram += torch.bincount(_bins(read(start, stop)), minlength=_BINS).cpu()
-    above = histogram.flip(0).cumsum(0).flip(0)  # entries in this bin and in all larger ones
-    chosen = int((above >= count).nonzero().max())
-    needed = count - (int(above[chosen]) - int(histogram[chosen]))
+        histogram += torch.bincount(_bins(read(start, stop)), minlength=_BINS).cpu().numpy()
+    above = histogram[::-1].cumsum()[::-1]  # entries in this bin and in all larger ones
+    chosen = int(np.flatnonzero(above >= count)[-1])
+    needed = count - int(above[chosen] - histogram[chosen])
     values, indices = _entries_in_bin(read, info, chosen)
-    order = torch.sort(values, descending=True, stable=True).indices
-    last = order[needed - 1]
-    return TopK(float(values[last]), int(indices[last]))
+    value = torch.kthvalue(values, len(values) - needed + 1).values
+    return _break_ties(values, indices, float(value), needed)
+
+
+def _break_ties(values: Tensor, indices: Tensor, value: float, count: int) -> TopK:
+    """Of entries equal to the border value, as many as are still needed, the first ones."""
+    equal = indices[values == value]
+    needed = count - int((values > value).sum())
+    return TopK(value, int(equal[needed - 1]))
 
 
 def _bins(chunk: Tensor) -> Tensor:

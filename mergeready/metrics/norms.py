@@ -16,7 +16,7 @@ class NormAccumulator(Accumulator):
 
     Args:
         names: The parameters that will be seen.
-        count: Number of task vectors.
+        count: Number of task vectors that count, the first ones of each chunk.
     """
 
     def __init__(self, names: Sequence[str], count: int) -> None:
@@ -27,7 +27,7 @@ class NormAccumulator(Accumulator):
 
     def update(self, chunk: Chunk) -> None:
         row = self.sums[self._row[chunk.name]]
-        for column, values in enumerate([*chunk.deltas, chunk.base]):
+        for column, values in enumerate([*chunk.deltas[: self._count], chunk.base]):
             row[column] += torch.dot(values, values).item()
 
     def norm(self, expert: int) -> float:

@@ -75,4 +75,4 @@ def chance_conflict(count: int) -> float:
     [0.5, 0.5, 0.727]
     """
     half = -(-count // 2)
-    return 1 - half * math.comb(count, half) / 2 ** (count - 1) / count
+    return 1 - half * math.comb(count, half) / 2.0 ** (count - 1) / count

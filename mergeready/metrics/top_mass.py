@@ -27,10 +27,10 @@ class TopMassAccumulator(Accumulator):
         self.sums = torch.zeros(2, _BINS, dtype=torch.float64)
 
     def update(self, chunk: Chunk) -> None:
-        values = chunk.deltas[self._expert].contiguous()
+        values = chunk.deltas[self._expert].contiguous().cpu()
         bins = (values.view(torch.int32) & 0x7FFFFFFF) >> _SHIFT
-        self.sums[0] += torch.bincount(bins, minlength=_BINS).cpu()
-        self.sums[1] += torch.bincount(bins, weights=values.double().square_(), minlength=_BINS).cpu()
+        self.sums[0].index_add_(0, bins, torch.ones(1, dtype=torch.float64).expand(len(bins)))
+        self.sums[1].index_add_(0, bins, values.double().square_())
 
     def share(self, top: float) -> float:
         """Share of the squared norm in the ``top`` share of entries, such as 0.01; NaN for a zero vector.

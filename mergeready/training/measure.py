@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from mergeready.experts.live import LiveExpert
+from mergeready.experts.task_vector import require_finite
+from mergeready.metrics.gram import GramAccumulator
+from mergeready.metrics.groups import group_of, layer_of
+from mergeready.metrics.growth import growth_per_step
+from mergeready.metrics.norms import NormAccumulator, norm_ratio
+from mergeready.metrics.sign_conflict import SignConflictAccumulator
+from mergeready.metrics.stream import Accumulator, accumulate
+from mergeready.metrics.top_mass import TopMassAccumulator
+from mergeready.training.history import History
+from mergeready.training.peers import OpenPeer
+from mergeready.training.records import MetricsRecord
+
+TOP_SHARES = (0.01, 0.1)
+
+
+@torch.no_grad()
+def measure(live: LiveExpert, peers: Sequence[OpenPeer], step: int, history: History) -> MetricsRecord:
+    """Measure the live task vector against base and peers: one pass over the trained parameters.
+
+    Args:
+        live: The model in training.
+        peers: The open peers.
+        step: The training step, for the record.
+        history: Where the last norm is read from, for the growth.
+
+    Raises:
+        NonFiniteError: If the model holds NaN or infinite values.
+    """
+    names = list(live.vector)
+    norms = NormAccumulator(names, 1)
+    top = TopMassAccumulator()
+    gram = GramAccumulator(1 + len(peers), first_row_only=True)
+    signs = SignConflictAccumulator(1 + len(peers), first_row_only=True)
+    accumulators: list[Accumulator] = [norms, top, *([gram, signs] if peers else [])]
+    accumulate([live.vector, *peers], live.base.source, accumulators, names)
+    require_finite("the model in training", norms.squared(0))
+    norm = norms.norm(0)
+    last = next((record for record in reversed(history.metrics) if record.step < step), None)
+    labels = [peer.label for peer in peers]
+    all_norms = torch.tensor([norm, *(peer.norm for peer in peers)], dtype=torch.float64)
+    return MetricsRecord(
+        step=step,
+        norm=norm,
+        relative_norm=norms.relative_norm(0),
+        growth=growth_per_step(step, norm, last.step, last.norm) if last else growth_per_step(step, norm),
+        groups=norms.by(group_of, 0),
+        layers={int(layer): value for layer, value in norms.by(_layer_key, 0).items()},
+        top_mass={f"{share:g}": _finite(top.share(share)) for share in TOP_SHARES},
+        cosine=_by_peer(labels, gram.cosines(all_norms)[0, 1:]) if peers else {},
+        sign_conflict=_by_peer(labels, signs.pairwise()[0, 1:]) if peers else {},
+        norm_ratio=_finite(norm_ratio(all_norms.tolist())) if peers else None,
+    )
+
+
+def _layer_key(name: str) -> str | None:
+    layer = layer_of(name)
+    return None if layer is None else str(layer)
+
+
+def _by_peer(labels: Sequence[str], values: torch.Tensor) -> dict[str, float | None]:
+    return {label: _finite(value) for label, value in zip(labels, values.tolist(), strict=True)}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,296 @@
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from mergeready.errors import HistoryError, MergeReadyError, OptionError
+from mergeready.experts.base import Base
+from mergeready.experts.live import LiveExpert
+from mergeready.experts.open import ExpertLike
+from mergeready.training.base_of_run import base_of_run
+from mergeready.training.evaluation import Evaluate, Score
+from mergeready.training.history import History, HistoryFile
+from mergeready.training.measure import measure
+from mergeready.training.peers import OpenPeer, Peer, open_peers, require_reachable
+from mergeready.training.picks import Picks, PickStore, Save
+from mergeready.training.policies import Decision, Policy
+from mergeready.training.probe import Probe, Prober
+from mergeready.training.records import DecisionRecord, Record, ResumeRecord, StartRecord
+from mergeready.training.references import measure_references
+from mergeready.training.scalars import scalars
+from mergeready.training.schedule import Pacer, Schedule
+from mergeready.weights.atomic import new_file
+from mergeready.weights.open import WeightsLike
+
+logger = logging.getLogger("mergeready")
+
+DEFAULT_MEASURE = Schedule(every=100, time_budget=0.008)
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step brought: scalars for the framework's loggers, and whether to stop."""
+
+    scalars: Mapping[str, float] = field(default_factory=dict)
+    decision: Decision = field(default_factory=lambda: Decision(False, ""))
+
+
+class Monitor:
+    """The heart of a run: measures, probes, records, decides and picks, whatever the training framework.
+
+    A shell makes one, calls :meth:`start` when model and optimizer are ready, then :meth:`on_step` after every
+    optimizer step, :meth:`on_save` after the framework saved a checkpoint, and :meth:`finish` at the end.
+
+    Args:
+        base: The weights that training started from. None where that can be found out; see ``base_of_run``.
+        peers: Other experts on the same base, as they are or as ``Peer`` with an evaluation of their task.
+        probe: How to probe; None to only measure.
+        stop: When to stop; None for never.
+        on_stop: ``stop`` asks the framework to stop; ``record`` only notes when it would have.
+        measure: When to measure the task vector.
+        picks: Which checkpoints to keep; None for none.
+    """
+
+    def __init__(
+        self,
+        *,
+        base: WeightsLike | Base | None = None,
+        peers: Sequence[ExpertLike | Peer] = (),
+        probe: Probe | None = None,
+        stop: Policy | None = None,
+        on_stop: Literal["stop", "record"] = "stop",
+        measure: Schedule = DEFAULT_MEASURE,
+        picks: Picks | None = None,
+    ) -> None:
+        if isinstance(peers, str | Path | Peer | Mapping | nn.Module):
+            raise OptionError("`peers` must be a sequence of experts; put a single one into a list.")
+        if on_stop not in ("stop", "record"):
+            raise OptionError(f"`on_stop` must be 'stop' or 'record', not {on_stop!r}.")
+        self.base, self.probe, self.stop, self.on_stop, self.picks = base, probe, stop, on_stop, picks
+        self._given_peers = list(peers)
+        self._measure_schedule = measure
+        self.history: History = History()
+        self.started = False
+        self._restored: History | None = None
+
+    def start(
+        self,
+        model: nn.Module,
+        folder: Path,
+        *,
+        step: int = 0,
+        total_steps: int | None = None,
+        evaluate: Evaluate | None = None,
+        metric: str | None = None,
+        save: Save | None = None,
+    ) -> None:
+        """Bind to a model that is ready to train, check everything, and take the reference measurements.
+
+        Args:
+            model: The model, after the framework prepared it and, on resume, loaded its weights.
+            folder: Where history and picks go.
+            step: Optimizer steps taken already.
+            total_steps: Optimizer steps that the run will take in all, if known.
+            evaluate: The framework's own evaluation of the run's task, for probes without one.
+            metric: The framework's own choice of metric, for probes without one.
+            save: Writes the model of the moment as an expert; needed for picks.
+
+        Raises:
+            MergeReadyError: If base, peers or evaluations are not usable. Nothing was changed.
+        """
+        self.folder = Path(folder)
+        self._began = time.perf_counter()
+        known = self._restored.start if self._restored is not None else None
+        base = base_of_run(model, self.base, self.folder, step=step, recorded=known.base if known else None)
+        self.live = LiveExpert(model, base)
+        self.peers: list[OpenPeer] = open_peers(self._given_peers, self.live.base)
+        require_reachable(self.peers, list(self.live.targets))
+        before = time.perf_counter()
+        self._prober = self._make_prober(evaluate, metric)
+        self._reference_seconds = time.perf_counter() - before
+        self._measuring = Pacer(self._measure_schedule, total_steps, step)
+        self._probing = self._make_probe_pacer(total_steps, step)
+        self._store = None
+        if self.picks is not None and self._prober is not None:
+            if save is None:
+                raise OptionError("`picks` needs a way to save the model.")
+            self._store = PickStore(self.folder / "picks", self.picks, save, self.live.base.identity)
+        self._open_history(step)
+        self.started = True
+
+    def on_step(self, step: int) -> Outcome:
+        """After an optimizer step: measure and probe if the schedules say so, then decide.
+
+        Args:
+            step: Optimizer steps taken so far, counted from 1.
+
+        Raises:
+            MergeReadyError: If the model's values or an evaluation are not usable. The model is as it was.
+        """
+        seconds = self._train_seconds()
+        records: list[Record] = []
+        if self._measuring.due(step, seconds):
+            began = time.perf_counter()
+            records.append(measure(self.live, self.peers, step, self.history))
+            self._measuring.took(time.perf_counter() - began)
+        if self._probing is not None and self._probing.due(step, seconds):
+            records.append(self._run_probe(step))
+        return self._note(step, records)
+
+    def probe_now(self, step: int, score: Score | None = None) -> Outcome:
+        """Probe outside the schedule, unless this step was probed already.
+
+        Args:
+            step: Optimizer steps taken so far.
+            score: The own task's score, if the framework has just evaluated it.
+        """
+        probes = self.history.probes
+        if self._prober is None or (probes and probes[-1].step == step):
+            return Outcome()
+        return self._note(step, [self._run_probe(step, score)])
+
+    def last_scalars(self) -> Mapping[str, float]:
+        """The scalars of the newest probe."""
+        return scalars(self.history.probes[-1]) if self.history.probes else {}
+
+    def on_save(self) -> None:
+        """After the framework saved a checkpoint: picks that no saved state needs any more can go."""
+        if self._store is not None and self.history.probes:
+            self._store.prune(self.history)
+
+    def finish(self) -> dict[str, Any]:
+        """At the end: remove what is not picked, write ``summary.json`` and return its content."""
+        self.on_save()
+        selected = self.picks.select(self.history) if self.picks and self.history.probes else {}
+        summary = {
+            "picks": selected,
+            "stopped": [
+                {"step": d.step, "reason": d.reason, "acted": d.acted} for d in self.history.decisions
+            ],
+            "seconds": {
+                "measuring": self._measuring.spent,
+                "probing": self._probing.spent if self._probing else 0.0,
+                "training": self._train_seconds(),
+            },
+            "probes_skipped_for_time": self._probing.skipped if self._probing else 0,
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with new_file(self.folder / "summary.json") as temporary:
+            temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        return summary
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs, JSON-ready: the history. Everything else is a function of it."""
+        return {"version": STATE_VERSION, "history": self.history.to_json()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue the history of an earlier run; call before :meth:`start`.
+
+        Raises:
+            HistoryError: If the state is of another version or damaged.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise HistoryError(
+                f"the saved monitor state has version {state.get('version')}, not {STATE_VERSION}."
+            )
+        self._restored = History.from_json(state["history"])
+
+    def _make_prober(self, evaluate: Evaluate | None, metric: str | None) -> Prober | None:
+        if self.probe is None:
+            return None
+        function = self.probe.evaluate or evaluate
+        if function is None:
+            raise OptionError("the probe needs `evaluate`: a function from a model to metrics by name.")
+        wanted = self.probe.metric or (metric if self.probe.evaluate is None else None)
+        references, name = measure_references(self.live, self.peers, function, wanted)
+        return Prober(self.probe, self.live, self.peers, function, name, references)
+
+    def _open_history(self, step: int) -> None:
+        records = [] if self._restored is None else list(self._restored)
+        if any(record.step > step for record in records):
+            raise HistoryError(f"the saved history goes beyond step {step}, where the run resumes.")
+        self.history = HistoryFile(self.folder / "history.jsonl", records)
+        start = self._start_record(step)
+        earlier = self.history.start
+        if earlier is None:
+            self.history.append(start)
+        else:
+            changed = [
+                key for key in vars(start) if key != "step" and getattr(start, key) != getattr(earlier, key)
+            ]
+            if "base" in changed:
+                raise HistoryError("the run was started from another base than the one given now.")
+            if changed:
+                self.history.append(ResumeRecord(step=step, changed=changed))
+                self.history.append(start)
+
+    def _start_record(self, step: int) -> StartRecord:
+        base = self.live.base.identity.fingerprint
+        peers = {peer.label: peer.norm for peer in self.peers}
+        unmerged = list(self.live.extra)
+        if self._prober is None or self.probe is None:
+            return StartRecord(step=step, base=base, peers=peers, unmerged=unmerged)
+        return StartRecord(
+            step=step,
+            base=base,
+            peers=peers,
+            surrogate=not self.peers,
+            metric=self._prober.metric,
+            greater_is_better=self.probe.is_greater_better(self._prober.metric),
+            methods=[{"label": label, **method.describe()} for label, method in self.probe.methods.items()],
+            references={
+                task: {kind: score.value for kind, score in scores.items()}
+                for task, scores in self._prober.references.items()
+            },
+            unmerged=unmerged,
+        )
+
+    def _run_probe(self, step: int, known: Score | None = None) -> Record:
+        if self._prober is None or self._probing is None:
+            raise OptionError("there is no probe to run.")
+        began = time.perf_counter()
+        try:
+            return self._prober.run(step, self.history, known)
+        except MergeReadyError as error:
+            error.add_note(f"while probing at step {step}; the weights were put back")
+            raise
+        finally:
+            self._probing.took(time.perf_counter() - began)
+
+    def _note(self, step: int, records: Sequence[Record]) -> Outcome:
+        if not records:
+            return Outcome()
+        values: dict[str, float] = {}
+        for record in records:
+            self.history.append(record)
+            values |= scalars(record)
+        if self._store is not None and self.history.probes and self.history.probes[-1].step == step:
+            self._store.update(self.history)
+        decision = self.stop(self.history) if self.stop is not None else Decision(False, "")
+        if decision.stop and (self.on_stop == "stop" or not self.history.decisions):
+            self.history.append(
+                DecisionRecord(step=step, reason=decision.reason, acted=self.on_stop == "stop")
+            )
+            logger.info("step %d: %s", step, decision.reason)
+        return Outcome(values, Decision(decision.stop and self.on_stop == "stop", decision.reason))
+
+    def _train_seconds(self) -> float:
+        spent = self._measuring.spent + (self._probing.spent if self._probing else 0.0)
+        return max(time.perf_counter() - self._began - spent, 1e-9)
+
+    def _make_probe_pacer(self, total_steps: int | None, step: int) -> Pacer | None:
+        """The references were measured with the same functions, so they tell what the first probe will cost."""
+        if self.probe is None or self._prober is None:
+            return None
+        tasks = len(self._prober.tasks)
+        evaluations = 1 + len(self.probe.methods) * len(self.probe.scales) * tasks
+        cost = self._reference_seconds / (2 * tasks - 1) * evaluations
+        return Pacer(self.probe.schedule, total_steps, step, spent=self._reference_seconds, cost=cost)
