@@ -1,3 +1,91 @@
-"""Fine-tune experts that merge well: measure, steer and verify composability while you train."""
+"""Fine-tune experts that merge well: measure, steer and verify composability while you train.
+
+The names below are imported when they are first used: ``import mergeready`` loads neither torch nor any training
+framework. The callbacks live in ``mergeready.transformers`` and its siblings, one module a framework.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mergeready.errors import MergeReadyError
+    from mergeready.experts import Base, BaseIdentity, Expert, TaskVector, open_expert
+    from mergeready.merging import MergedInPlace, merge, merge_folders
+    from mergeready.metrics.compare import Comparison, compare
+    from mergeready.metrics.inspection import Inspection, inspect
+    from mergeready.training.history import History, read_history
+    from mergeready.training.monitor import Monitor
+    from mergeready.training.peers import Peer
+    from mergeready.training.picks import Picks
+    from mergeready.training.policies import AllOf, AnyOf, Decision, ExpertPlateau, MergedPlateau, NormBudget
+    from mergeready.training.probe import Probe
+    from mergeready.training.schedule import Schedule
+    from mergeready.training.surrogates import Surrogates
 
 __version__ = "0.1.0"
+
+_PLACES = {
+    "mergeready.errors": ["MergeReadyError"],
+    "mergeready.experts": ["Base", "BaseIdentity", "Expert", "TaskVector", "open_expert"],
+    "mergeready.merging": ["MergedInPlace", "merge", "merge_folders"],
+    "mergeready.metrics.compare": ["Comparison", "compare"],
+    "mergeready.metrics.inspection": ["Inspection", "inspect"],
+    "mergeready.training.history": ["History", "read_history"],
+    "mergeready.training.monitor": ["Monitor"],
+    "mergeready.training.peers": ["Peer"],
+    "mergeready.training.picks": ["Picks"],
+    "mergeready.training.policies": [
+        "AllOf",
+        "AnyOf",
+        "Decision",
+        "ExpertPlateau",
+        "MergedPlateau",
+        "NormBudget",
+    ],
+    "mergeready.training.probe": ["Probe"],
+    "mergeready.training.schedule": ["Schedule"],
+    "mergeready.training.surrogates": ["Surrogates"],
+}
+_PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
+
+__all__ = [
+    "AllOf",
+    "AnyOf",
+    "Base",
+    "BaseIdentity",
+    "Comparison",
+    "Decision",
+    "Expert",
+    "ExpertPlateau",
+    "History",
+    "Inspection",
+    "MergeReadyError",
+    "MergedInPlace",
+    "MergedPlateau",
+    "Monitor",
+    "NormBudget",
+    "Peer",
+    "Picks",
+    "Probe",
+    "Schedule",
+    "Surrogates",
+    "TaskVector",
+    "compare",
+    "inspect",
+    "merge",
+    "merge_folders",
+    "open_expert",
+    "read_history",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACE_OF:
+        raise AttributeError(f"module 'mergeready' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PLACE_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

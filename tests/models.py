@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, BertModel, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 
 def bert_config(**changes: object) -> BertConfig:
@@ -45,6 +53,22 @@ def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
         eos_token_id=0,
     )
     return GPT2LMHeadModel(config).eval()
+
+
+def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
+    """Rotary embeddings, whose frequencies are floating buffers that no checkpoint holds; no biases."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        initializer_range=0.3,
+    )
+    return LlamaForCausalLM(config).eval()
 
 
 class TinyConvNet(nn.Module):

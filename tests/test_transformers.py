@@ -36,7 +36,7 @@ from tests.trainers import Tokens, arguments, make_trainer, right_or_wrong, weig
 OFTEN = Schedule(every=2)
 
 
-@pytest.fixture()
+@pytest.fixture
 def world(tmp_path: Path) -> Path:
     """A base and two peers on disk."""
     tiny_bert().save_pretrained(tmp_path / "base")

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from mergeready.errors import BaseMismatchError
+from mergeready.errors import BaseMismatchError, UnsupportedError, listing
 from mergeready.experts.identity import BaseIdentity
 from mergeready.weights.open import WeightsLike, open_weights, resolve_folder
 from mergeready.weights.source import WeightSource
@@ -36,6 +36,7 @@ class Base:
 
         Raises:
             FormatError: If there is nothing to read.
+            UnsupportedError: If its weights are 8-bit floats.
         """
         if isinstance(base, Base):
             return base
@@ -43,8 +44,10 @@ class Base:
             folder = resolve_folder(base, revision=revision)
             source = open_weights(folder, allow_pickle=allow_pickle)
             source.label = str(base)
+            require_wide_floats(source)
             return cls(source, BaseIdentity.of(source), folder if folder.is_dir() else None, str(base))
         source = open_weights(base)
+        require_wide_floats(source)
         return cls(source, BaseIdentity.of(source))
 
     def require_name(self, declared: str | None, what: str) -> None:
@@ -59,3 +62,19 @@ class Base:
             return
         if _HUB_ID.fullmatch(declared) and _HUB_ID.fullmatch(self.name) and declared != self.name:
             raise BaseMismatchError(f"{what} says that its base is {declared}, not {self.name}.")
+
+
+def require_wide_floats(source: WeightSource) -> None:
+    """Raise if weights are 8-bit floats.
+
+    Raises:
+        UnsupportedError: If some are; all are listed.
+    """
+    narrow = [
+        n for n, info in source.infos.items() if info.dtype.is_floating_point and info.dtype.itemsize == 1
+    ]
+    if narrow:
+        raise UnsupportedError(
+            f"{source.label} stores 8-bit floats: {listing(narrow)}. Their scales are tensors of their own, so adding "
+            "to these numbers is not adding to the weights. Use the weights before quantisation."
+        )

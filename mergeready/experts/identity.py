@@ -78,16 +78,15 @@ class BaseIdentity:
         return {"fingerprint": self.fingerprint, "digests": dict(self.digests)}
 
     @classmethod
-    def from_json(cls, content: Mapping[str, object], label: str = "") -> BaseIdentity:
+    def from_json(cls, content: object, label: str = "") -> BaseIdentity:
         """The inverse of :meth:`to_json`.
 
         Raises:
             BaseMismatchError: If the content does not describe an identity, or was altered.
         """
-        digests = content.get("digests")
-        if not isinstance(digests, Mapping):
+        if not isinstance(content, Mapping) or not isinstance(content.get("digests"), Mapping):
             raise BaseMismatchError(f"{label or 'the record'} holds no base identity.")
-        identity = cls({str(name): str(digest) for name, digest in digests.items()}, label)
+        identity = cls({str(name): str(digest) for name, digest in content["digests"].items()}, label)
         if identity.fingerprint != content.get("fingerprint"):
             raise BaseMismatchError(f"the base identity in {label or 'the record'} contradicts itself.")
         return identity

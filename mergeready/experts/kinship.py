@@ -52,7 +52,7 @@ def require_frozen_equal(model: WeightSource, base: WeightSource, names: Mapping
     """
     for base_name, own_name in names.items():
         _, _, theirs, difference = _sampled_products(model, base, [(base_name, own_name)])
-        if difference > MAX_ROUNDING**2 * max(theirs, 1e-12):
+        if not difference <= MAX_ROUNDING**2 * max(theirs, 1e-12):  # NaN counts as different
             raise BaseMismatchError(
                 f"{own_name} is frozen in {model.label}, yet differs from {base.label}. "
                 "Name the base that this model was loaded from."

@@ -84,9 +84,11 @@ class LiveExpert:
             self.base = Base.open(StateDictSource(inner, "the frozen weights of the model"))
         else:
             self.base = Base.open(base)
-        names, self.extra, self.missing = pair_with_base(
-            StateDictSource(inner, f"live {type(model).__name__}"), self.base, strict=False
-        )
+        own = StateDictSource(inner, f"live {type(model).__name__}")
+        names, self.extra, self.missing = pair_with_base(own, self.base, strict=False)
+        if base is not None:
+            frozen = {b: name for b, name in names.items() if not inner[name].requires_grad}
+            require_frozen_equal(own, self.base.source, frozen)
         self.targets = {base_name: inner[own] for base_name, own in names.items()}
         state = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
         config = PeftConfig(model.peft_config[name].to_dict(), "the adapter in training")

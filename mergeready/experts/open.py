@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -8,7 +7,7 @@ from typing import Literal, TypeAlias
 import torch
 
 from mergeready.errors import FormatError, MismatchError, NonFiniteError, OptionError, listing
-from mergeready.experts.base import Base
+from mergeready.experts.base import Base, require_wide_floats
 from mergeready.experts.kinship import require_kinship
 from mergeready.experts.peft_config import CONFIG_NAME, PeftConfig
 from mergeready.experts.peft_lora import WEIGHTS_NAME, PeftTaskVector
@@ -17,7 +16,7 @@ from mergeready.experts.task_vector import FullTaskVector, TaskVector
 from mergeready.weights.names import match_names
 from mergeready.weights.open import WeightsLike, open_weights, resolve_folder
 from mergeready.weights.safetensors_folder import SafetensorsFolder
-from mergeready.weights.source import WeightSource, is_mergeable
+from mergeready.weights.source import WeightSource, chunk_ranges, is_mergeable
 
 
 @dataclass(frozen=True)
@@ -82,9 +81,13 @@ def open_expert(
         return expert
     if isinstance(expert, str | Path):
         return _open_folder(expert, base, strict, revision, allow_pickle)
-    if isinstance(expert, Mapping) and any(".lora_" in str(name) for name in expert):
-        raise OptionError("a state dict of LoRA factors lacks its configuration; pass the adapter's folder.")
-    return _open_full(open_weights(expert), base, strict)
+    source = open_weights(expert)
+    if any(".lora_" in name for name in source.infos):
+        raise OptionError(
+            f"{source.label} holds LoRA factors without their configuration: pass the adapter's folder, or "
+            "LiveExpert(model, base).vector for a live PEFT model."
+        )
+    return _open_full(source, base, strict)
 
 
 def _open_folder(
@@ -127,6 +130,7 @@ def _open_peft(folder: Path, label: str, base: Base, strict: bool, recorded: boo
 def _open_full(
     source: WeightSource, base: Base, strict: bool, folder: Path | None = None, recorded: bool = False
 ) -> Expert:
+    require_wide_floats(source)
     names, extra, missing = pair_with_base(source, base, strict=strict)
     if not recorded:
         require_kinship(source, base.source, names)
@@ -145,27 +149,38 @@ def pair_with_base(
         when ``strict``.
 
     Raises:
-        MismatchError: If shapes differ, no name is common, or ``strict`` and names are left over; all are
-            listed at once.
+        MismatchError: If shapes differ, no name is common, two different tensors stand for one of the base, or
+            ``strict`` and names are left over; all are listed at once.
     """
     own = {name: info for name, info in source.infos.items() if is_mergeable(name, info)}
     theirs = {name: info for name, info in base.source.infos.items() if is_mergeable(name, info)}
     match = match_names(own, theirs, aliases=source.aliases, base_aliases=base.source.aliases)
-    names = {base_name: name for name, base_name in match.to_base.items()}
-    problems = [
-        f"{name} is {own[mine].shape}, in the base {theirs[name].shape}"
-        for name, mine in names.items()
-        if own[mine].shape != theirs[name].shape
-    ]
+    names: dict[str, str] = {}
+    problems: list[str] = []
+    for name, base_name in match.to_base.items():
+        first = names.setdefault(base_name, name)
+        if own[name].shape != theirs[base_name].shape:
+            problems.append(f"{name} is {own[name].shape}, in the base {theirs[base_name].shape}")
+        elif first != name and not _equal(source, first, name):
+            problems.append(f"{first} and {name} differ, and are one parameter in the base")
     if not names:
         problems = [f"no parameter name of the base occurs ({listing(theirs, 3)})"]
     elif strict:
         problems += [f"{name} is missing" for name in match.missing]
+        problems += [f"{name} is not in the base" for name in match.extra] if problems else []
     if problems:
         raise MismatchError(f"{source.label} does not fit the base {base.source.label}: {listing(problems)}.")
     if strict:
         _refuse_extra(source.label, match.extra, base)
     return names, match.extra, match.missing
+
+
+def _equal(source: WeightSource, first: str, second: str) -> bool:
+    infos = source.infos
+    return infos[first].shape == infos[second].shape and all(
+        torch.equal(source.read_flat(first, start, stop), source.read_flat(second, start, stop))
+        for start, stop in chunk_ranges(infos[first])
+    )
 
 
 def _refuse_extra(label: str, names: tuple[str, ...], base: Base) -> None:

@@ -87,7 +87,7 @@ class PeftConfig:
             )
 
     def _problems(self) -> list[str]:
-        kind = self.fields.get("peft_type")
+        kind = getattr(self.fields.get("peft_type"), "value", self.fields.get("peft_type"))
         if kind not in ("LORA", None):
             return [f"its type is {kind}, and only LoRA adapters are supported"]
         found = [f"`{key}`: {reason}" for key, reason in _REFUSALS.items() if self.fields.get(key)]

@@ -41,6 +41,11 @@ def read_record(folder: Path) -> Mapping[str, Any] | None:
 
 
 def recorded_base(folder: Path) -> BaseIdentity | None:
-    """The identity of the base that an expert's folder records, or None where there is no record."""
+    """The identity of the base that an expert's folder records, or None where there is no record.
+
+    Raises:
+        FormatError: If there is a record that cannot be understood.
+        BaseMismatchError: If the record holds no base, or an altered one.
+    """
     record = read_record(folder)
-    return None if record is None else BaseIdentity.from_json(record["base"], label=f"the base of {folder}")
+    return None if record is None else BaseIdentity.from_json(record.get("base"), f"the base of {folder}")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,11 +22,14 @@ class TaskVector(Mapping[str, Delta]):
         label: How messages call the expert.
         base: Identity of the base that the deltas are relative to.
         infos: Shape and dtype of each parameter *in the base*.
+        memory: Where merge methods keep what they found out about it, such as thresholds. None, unless whoever
+            made it vouches that its values do not change.
     """
 
     label: str
     base: BaseIdentity
     infos: Mapping[str, TensorInfo]
+    memory: dict[tuple[Any, ...], Any] | None = None
 
     @abstractmethod
     def flat(self, name: str, start: int, stop: int, base: Tensor | None = None) -> Tensor:

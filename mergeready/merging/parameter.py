@@ -27,11 +27,21 @@ def merged_chunks(
     if not isinstance(method, ElementwiseMethod):
         raise OptionError(f"{method.name} is of an unknown kind.")
     prepared = [
-        method.prepare(vector, name, slot) if name in vector else None for slot, vector in enumerate(vectors)
+        _prepared(method, vector, name, slot) if name in vector else None
+        for slot, vector in enumerate(vectors)
     ]
     for start, stop in chunk_ranges(info):
         deltas = _read(vectors, name, start, stop)
         yield start, stop, method.combine(deltas, weights, prepared, Place(name, start, stop))
+
+
+def _prepared(method: ElementwiseMethod, vector: TaskVector, name: str, slot: int) -> Any:
+    if vector.memory is None:
+        return method.prepare(vector, name, slot)
+    key = (method, name, slot)
+    if key not in vector.memory:
+        vector.memory[key] = method.prepare(vector, name, slot)
+    return vector.memory[key]
 
 
 def merged_delta(

@@ -13,17 +13,21 @@ class Schedule:
     Attributes:
         every: Steps between measurements once the geometric start has reached it.
         geometric: Whether to measure at powers of two before that. The best moment to stop can be very early.
+        first: First step to measure at.
         time_budget: Share of the training time that measuring may take, in (0, 1]; None for no limit. Later
             measurements are thinned to keep it. A limit makes the choice of steps depend on the clock.
     """
 
     every: int = 100
     geometric: bool = True
+    first: int = 1
     time_budget: float | None = None
 
     def __post_init__(self) -> None:
         if self.every < 1:
             raise OptionError(f"`every` must be at least 1, not {self.every}.")
+        if self.first < 1:
+            raise OptionError(f"`first` must be at least 1, not {self.first}.")
         if self.time_budget is not None and not 0 < self.time_budget <= 1:
             raise OptionError(f"`time_budget` must be in (0, 1], not {self.time_budget}.")
 
@@ -33,8 +37,8 @@ class Schedule:
         >>> [step for step in range(1, 30) if Schedule(every=10).has(step, total=29)]
         [1, 2, 4, 8, 10, 20, 29]
         """
-        if step < 1:
-            return False
+        if step < self.first:
+            return step == total
         power_of_two = step & (step - 1) == 0
         return (
             step % self.every == 0 or (self.geometric and power_of_two and step < self.every) or step == total
@@ -49,7 +53,7 @@ class Schedule:
         points = {total, *range(self.every, total + 1, self.every)}
         if self.geometric:
             points |= {2**exponent for exponent in range(min(self.every - 1, total).bit_length())}
-        return sum(point > step for point in points)
+        return sum(point > step and self.has(point, total) for point in points)
 
 
 @dataclass

@@ -31,7 +31,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Fill a folder under a temporary name beside it; on success it becomes ``path``, complete.
 
     With ``overwrite``, the old folder is moved aside first and deleted last, so that at every moment at least
-    one complete folder exists.
+    one complete folder exists. Where ``path`` is a link, the link is replaced and its target stays.
 
     Raises:
         OutputExistsError: If ``path`` exists and ``overwrite`` is not set; nothing was written.
@@ -62,8 +62,10 @@ def _take_place(temporary: Path, path: Path) -> None:
             old.rename(path)
         raise
     sync_folder(path.parent)
-    if old is not None:
+    if old is not None and old.is_dir() and not old.is_symlink():
         shutil.rmtree(old)
+    elif old is not None:
+        old.unlink()
 
 
 def sync_file(path: Path) -> None:

@@ -21,7 +21,9 @@ def untouched(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[Mappi
         The kept values, on the CPU where the weights are on an accelerator; do not write to them.
     """
     kept = {name: _copy(tensor) for name, tensor in weights.items()}
+    # A module may put a new tensor in a buffer's place, so which tensor is whose is kept as well as the values.
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    owners = [(module._buffers, dict(module._buffers)) for module in model.modules()]
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     with random_state_kept():
@@ -33,6 +35,9 @@ def untouched(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[Mappi
                     tensor.copy_(kept[name])
                 for buffer, value in buffers:
                     buffer.copy_(value)
+            for current, original in owners:
+                current.clear()
+                current.update(original)
             for module, mode in modes:
                 module.training = mode
             for parameter, flag in flags:

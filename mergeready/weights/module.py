@@ -31,15 +31,17 @@ def module_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 class ModuleSource(WeightSource):
     """Parameters and buffers of a live module; each read sees the values of that moment.
 
-    The tensors are looked up once, at construction: make the source after anything that replaces
-    parameter objects (``accelerator.prepare``, ``fully_shard``). Tied parameters are listed once, under
-    the name that comes first in the module.
+    Lists what a checkpoint would hold, so not the module's non-persistent buffers. The tensors are looked up
+    once, at construction: make the source after anything that replaces parameter objects
+    (``accelerator.prepare``, ``fully_shard``). Tied parameters are listed once, under the name that comes
+    first in the module.
     """
 
     def __init__(self, module: nn.Module, label: str | None = None) -> None:
         self.label = label or f"live {type(module).__name__}"
         self._tensors: dict[str, Tensor] = dict(module_parameters(module))
-        self._tensors |= {plain_name(name): buffer for name, buffer in module.named_buffers()}
+        passing = _non_persistent(module)
+        self._tensors |= {plain_name(n): buffer for n, buffer in module.named_buffers() if n not in passing}
         self._infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
         self._aliases = _tied_names(module)
 
@@ -64,3 +66,11 @@ def _tied_names(module: nn.Module) -> dict[str, str]:
         if canonical != plain:
             aliases[plain] = canonical
     return aliases
+
+
+def _non_persistent(module: nn.Module) -> set[str]:
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, owner in module.named_modules()
+        for name in owner._non_persistent_buffers_set
+    }

@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TypeAlias
 
 import torch
@@ -79,5 +80,12 @@ def _open_pickle(path: Path, allow_pickle: bool) -> WeightSource:
             f"{path} is a pickle file, which can run code when it is read. Convert it to safetensors, "
             "or pass allow_pickle=True if you trust its author."
         )
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise FormatError(
+            f"{path} cannot be read as tensors alone ({error}). Convert it to safetensors."
+        ) from error
+    if not isinstance(state, Mapping):
+        raise FormatError(f"{path} holds a {type(state).__name__}, not a state dict.")
     return StateDictSource(state, label=str(path))

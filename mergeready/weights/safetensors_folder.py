@@ -52,11 +52,12 @@ class SafetensorsFolder(WeightSource):
         if self.path.is_file():
             file = SafetensorsFile(self.path)
             return dict.fromkeys(file.infos, file)
-        if (self.path / INDEX_NAME).is_file():
-            return self._open_index(self.path / INDEX_NAME)
+        # As in transformers: saving whole over a sharded save leaves the old index behind.
         if (self.path / SINGLE_NAME).is_file():
             file = SafetensorsFile(self.path / SINGLE_NAME)
             return dict.fromkeys(file.infos, file)
+        if (self.path / INDEX_NAME).is_file():
+            return self._open_index(self.path / INDEX_NAME)
         if not self.path.exists():
             raise FormatError(f"{self.path} does not exist.")
         raise FormatError(

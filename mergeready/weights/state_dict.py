@@ -4,13 +4,21 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from mergeready.errors import FormatError, listing
 from mergeready.weights.source import TensorInfo, WeightSource
 
 
 class StateDictSource(WeightSource):
-    """A mapping of names to tensors. Tensors that share all their memory count as tied: one name lists them."""
+    """A mapping of names to tensors. Tensors that share all their memory count as tied: one name lists them.
+
+    Raises:
+        FormatError: If something in it is no tensor; all are listed.
+    """
 
     def __init__(self, tensors: Mapping[str, Tensor], label: str = "state dict") -> None:
+        strange = [str(name) for name, value in tensors.items() if not isinstance(value, Tensor)]
+        if strange:
+            raise FormatError(f"{label} is no state dict: {listing(strange)} are no tensors.")
         self.label = label
         self._tensors: dict[str, Tensor] = {}
         self._aliases: dict[str, str] = {}

@@ -15,7 +15,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from mergeready.errors import FormatError, OptionError
+from mergeready.errors import FormatError, OptionError, listing
 from mergeready.weights.atomic import new_folder
 from mergeready.weights.safetensors_file import DTYPE_NAMES
 from mergeready.weights.safetensors_folder import INDEX_NAME, SINGLE_NAME
@@ -40,6 +40,7 @@ _COMPANIONS = (
     "NOTICE*",
     "*/config.json",
 )
+_NO_COMPANIONS = {".py", ".bin", ".safetensors", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"}
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
 
@@ -61,7 +62,8 @@ class FolderWriter(AbstractContextManager["FolderWriter"]):
 
     Raises:
         OutputExistsError: If ``output`` exists and ``overwrite`` is not set.
-        FormatError: At the end of the block, if some tensors were not written whole.
+        FormatError: If safetensors has no such dtype; at the end of the block, if some tensors were not
+            written whole.
     """
 
     def __init__(
@@ -76,6 +78,9 @@ class FolderWriter(AbstractContextManager["FolderWriter"]):
     ) -> None:
         if shard_bytes <= 0:
             raise OptionError(f"`shard_bytes` must be positive, not {shard_bytes}.")
+        unknown = [f"{info.dtype} of {name}" for name, info in infos.items() if info.dtype not in DTYPE_NAMES]
+        if unknown:
+            raise FormatError(f"safetensors cannot hold {listing(unknown)}.")
         self.output = Path(output)
         self.infos = dict(infos)
         self._metadata = {"format": "pt", **(metadata or {})}
@@ -181,7 +186,7 @@ def copy_companions(source: Path, target: Path) -> None:
 
 def _is_companion(relative: Path) -> bool:
     name = relative.as_posix()
-    return any(fnmatch(name, pattern) for pattern in _COMPANIONS) and relative.suffix not in {".py", ".bin"}
+    return any(fnmatch(name, pattern) for pattern in _COMPANIONS) and relative.suffix not in _NO_COMPANIONS
 
 
 def _plan_shards(infos: Mapping[str, TensorInfo], shard_bytes: int) -> dict[str, list[str]]:

@@ -1,0 +1,1 @@
+"""Benchmarks of mergeready on real models and real data."""

@@ -1,0 +1,1 @@
+"""Tasks, backbones and heads of the benchmarks, fetched from public package registries."""

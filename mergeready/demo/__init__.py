@@ -1,0 +1,1 @@
+"""The whole story on real weights and real text, offline, in minutes: ``mergeready demo``."""

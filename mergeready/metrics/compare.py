@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mergeready.errors import OptionError
+from mergeready.experts.task_vector import TaskVector
+from mergeready.metrics.gram import GramAccumulator
+from mergeready.metrics.norms import NormAccumulator, norm_ratio
+from mergeready.metrics.sign_conflict import SignConflictAccumulator, chance_conflict
+from mergeready.metrics.stream import accumulate
+from mergeready.weights.source import WeightSource
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How experts of one base relate to each other.
+
+    Attributes:
+        labels: The experts.
+        norms: ‖τ‖ of each.
+        relative_norms: ‖τ‖ / ‖θ₀‖ of each, over parameters that any of them changed.
+        cosine: Cosine by pair, a list of rows.
+        sign_conflict: Share of conflicting signs by pair; 0.5 by chance.
+        norm_ratio: Largest over smallest norm.
+        conflict_of_all: Sign conflict of all together.
+        conflict_normalised: The same over its chance level: 1 as among random signs.
+        chance: The chance level for as many experts, where all of them change a coordinate.
+    """
+
+    labels: list[str]
+    norms: list[float]
+    relative_norms: list[float]
+    cosine: list[list[float]]
+    sign_conflict: list[list[float]]
+    norm_ratio: float
+    conflict_of_all: float
+    conflict_normalised: float
+    chance: float
+
+
+@torch.no_grad()
+def compare(vectors: Sequence[TaskVector], base: WeightSource) -> Comparison:
+    """Compare task vectors in one streamed pass over all parameters that any of them changes.
+
+    Raises:
+        OptionError: If there are fewer than two.
+    """
+    if len(vectors) < 2:
+        raise OptionError(f"comparing needs at least two experts, not {len(vectors)}.")
+    names = list(dict.fromkeys(name for vector in vectors for name in vector))
+    norms = NormAccumulator(names, len(vectors))
+    gram = GramAccumulator(len(vectors))
+    signs = SignConflictAccumulator(len(vectors))
+    accumulate(vectors, base, [norms, gram, signs], names)
+    values = [norms.norm(index) for index in range(len(vectors))]
+    return Comparison(
+        labels=[vector.label for vector in vectors],
+        norms=values,
+        relative_norms=[norms.relative_norm(index) for index in range(len(vectors))],
+        cosine=gram.cosines(torch.tensor(values, dtype=torch.float64)).tolist(),
+        sign_conflict=signs.pairwise().tolist(),
+        norm_ratio=norm_ratio(values),
+        conflict_of_all=signs.of_all(),
+        conflict_normalised=signs.normalised(),
+        chance=chance_conflict(len(vectors)),
+    )

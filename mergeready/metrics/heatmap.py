@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mergeready.metrics.compare import Comparison
+
+
+def draw_heatmaps(comparison: Comparison, path: Path) -> None:
+    """Draw cosine, sign conflict and norm ratio of every pair side by side; the file's suffix is the format."""
+    from matplotlib.figure import Figure
+
+    labels = short_labels(comparison.labels)
+    count = len(labels)
+    ratios = [
+        [max(a, b) / min(a, b) if min(a, b) else float("inf") for b in comparison.norms]
+        for a in comparison.norms
+    ]
+    size = 2.4 + 0.55 * count
+    figure = Figure(figsize=(3 * size, size + 0.6), layout="constrained")
+    panels: Any = figure.subplots(1, 3)
+    _panel(panels[0], comparison.cosine, labels, "cosine", "RdBu_r", (-1.0, 1.0))
+    _panel(panels[1], comparison.sign_conflict, labels, "sign conflict (0.5 by chance)", "RdBu_r", (0.0, 1.0))
+    _panel(panels[2], ratios, labels, "norm ratio", "Purples", (1.0, max(5.0, *(max(row) for row in ratios))))
+    figure.savefig(path, dpi=150)
+
+
+def short_labels(labels: Sequence[str]) -> list[str]:
+    """The last part of each path, as long as these differ; the labels themselves otherwise.
+
+    >>> short_labels(["experts/law", "experts/code/"])
+    ['law', 'code']
+    """
+    short = [label.rstrip("/").rpartition("/")[2] for label in labels]
+    return short if len(set(short)) == len(short) else list(labels)
+
+
+def _panel(
+    axes: Any, values: Sequence[Sequence[float]], labels: Sequence[str], title: str, colors: str, limits: Any
+) -> None:
+    axes.imshow(values, cmap=colors, vmin=limits[0], vmax=limits[1])
+    axes.set_title(title, fontsize=11)
+    positions = range(len(labels))
+    axes.set_xticks(positions, labels, rotation=45, ha="right")
+    axes.set_yticks(positions, labels)
+    middle, half = (limits[0] + limits[1]) / 2, (limits[1] - limits[0]) / 2
+    for row in positions:
+        for column in positions:
+            value = values[row][column]
+            strong = abs(value - middle) > 0.6 * half and (colors != "Purples" or value > middle)
+            axes.text(
+                column,
+                row,
+                f"{value:.2f}",
+                ha="center",
+                va="center",
+                fontsize=9,
+                color="white" if strong else "black",
+            )

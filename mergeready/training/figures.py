@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+from typing import Any
+
+from mergeready.training.history import History
+from mergeready.training.probe import OWN
+from mergeready.training.records import Estimate
+
+EXPERT_COLOR = "#1f6fb4"
+MERGED_COLOR = "#d1495b"
+MARK_COLOR = "#444444"
+
+
+def draw_curve(axes: Any, history: History, method: str, *, task: str = OWN, pick: int | None = None) -> None:
+    """Draw a composability curve: the expert's and the merged model's metric against the training step.
+
+    Args:
+        axes: Matplotlib axes.
+        history: The run.
+        method: Label of the merge method.
+        task: Whose metric; the run's own by default.
+        pick: Step of the picked checkpoint, to mark.
+    """
+    probes = [probe for probe in history.probes if method in probe.merges]
+    steps = [probe.step for probe in probes]
+    expert = [probe.expert for probe in probes]
+    merged = [probe.merges[method].tasks[task].merged for probe in probes]
+    surrogate = any(probe.surrogate for probe in probes)
+    _line(axes, steps, expert, EXPERT_COLOR, "expert")
+    _line(axes, steps, merged, MERGED_COLOR, "merged with surrogates" if surrogate else "merged")
+    if probes:
+        base = probes[-1].merges[method].tasks[task].base
+        axes.axhline(base, color=MARK_COLOR, linewidth=1, linestyle=":", label="base")
+    stops = [decision.step for decision in history.decisions]
+    if stops:
+        axes.axvline(stops[0], color=MARK_COLOR, linewidth=1, linestyle="--", label="stopped")
+    if pick is not None and pick in steps:
+        axes.plot(pick, merged[steps.index(pick)].value, "D", color=MERGED_COLOR, markersize=7, label="pick")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.grid(alpha=0.25)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _line(axes: Any, steps: list[int], values: list[Estimate], color: str, label: str) -> None:
+    axes.plot(steps, [v.value for v in values], "-o", color=color, markersize=3.5, linewidth=1.6, label=label)
+    if values and all(v.low is not None and v.high is not None for v in values):
+        axes.fill_between(steps, [v.low for v in values], [v.high for v in values], color=color, alpha=0.13)

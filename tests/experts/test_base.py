@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mergeready.errors import BaseMismatchError, FormatError, OptionError, UnsupportedError
+from mergeready.experts import Base, BaseIdentity
+from mergeready.weights import StateDictSource
+from tests.models import tiny_bert
+
+
+def test_each_kind_of_base(tmp_path: Path) -> None:
+    model = tiny_bert()
+    model.save_pretrained(tmp_path)
+    folder = Base.open(tmp_path)
+    assert (folder.folder, folder.name, folder.source.label) == (tmp_path, str(tmp_path), str(tmp_path))
+    file = Base.open(str(tmp_path / "model.safetensors"))
+    assert (file.folder, file.name) == (None, str(tmp_path / "model.safetensors"))
+    source = StateDictSource(model.state_dict())
+    for weights in (model, model.state_dict(), source):
+        opened = Base.open(weights)
+        assert (opened.folder, opened.name) == (None, None)
+        assert opened.identity == folder.identity == file.identity
+    assert Base.open(folder) is folder
+    assert Base.open(source).source is source
+
+
+def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FormatError):
+        Base.open(tmp_path)
+    with pytest.raises(FormatError, match="nobody/nothing-of-this-name"):
+        Base.open("nobody/nothing-of-this-name")
+    with pytest.raises(OptionError, match="revision"):
+        Base.open(tmp_path, revision="main")
+
+
+def test_pickle_needs_a_flag(tmp_path: Path) -> None:
+    torch.save({"x": torch.ones(2, 2)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(FormatError, match="can run code"):
+        Base.open(tmp_path)
+    assert Base.open(tmp_path, allow_pickle=True).source.read("x").sum() == 4
+
+
+def test_eight_bit_floats_are_refused() -> None:
+    """Their scales are other tensors, so that adding to them would change something else than the weight."""
+    state = {"x": torch.ones(2, 2).to(torch.float8_e4m3fn), "x_scale": torch.ones(1)}
+    with pytest.raises(UnsupportedError, match="8-bit floats: x"):
+        Base.open(state)
+
+
+def named(name: str | None) -> Base:
+    return Base(StateDictSource({}), BaseIdentity({}), name=name)
+
+
+@pytest.mark.parametrize(
+    ("name", "declared"),
+    [
+        ("org/model", "org/model"),
+        ("org/model", None),
+        (None, "org/model"),
+        ("org/model", "/home/someone/checkpoints/base"),
+        ("org/model", "runs/base/checkpoint-3"),
+        ("org/model", "model"),
+        ("/data/model", "org/model"),
+        (".", "org/model"),
+    ],
+)
+def test_only_two_hub_ids_can_contradict_each_other(name: str | None, declared: str | None) -> None:
+    named(name).require_name(declared, "expert")
+
+
+def test_another_hub_id_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BaseMismatchError, match="expert says that its base is org/other, not org/model"):
+        named("org/model").require_name("org/other", "expert")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "other").mkdir(parents=True)
+    named("org/model").require_name("org/other", "expert")  # a local folder that looks like an id
