@@ -3,7 +3,8 @@
     python -m benchmarks.overhead            # writes benchmarks/results/overhead.json
 
 Each run is a process of its own, so that peak memory is that run's; runs with and without the callback alternate.
-The model is MiniLM-L6 with a frozen zero-shot head, trained whole on batches of 32 × 64 tokens, with four peers on disk.
+The model is MiniLM-L6 with a frozen zero-shot head, trained whole on batches of 32 × 64 tokens, with four peers on
+disk.
 """
 
 from __future__ import annotations

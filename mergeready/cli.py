@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from mergeready.errors import MergeReadyError, OptionError
 
@@ -52,16 +53,10 @@ def demo(
     """The whole story on real weights and real text: four experts, merged; a table and a picture."""
     # Threads that wait by spinning halve the speed of a machine that does anything else. Read when torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    import datasets
-    import transformers
-
     from mergeready.demo.display import LiveDisplay, results_table, verdict
     from mergeready.demo.run import run_demo
     from mergeready.demo.settings import DemoSettings
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     settings = DemoSettings.quick(joint=joint, seed=seed) if quick else DemoSettings(joint=joint, seed=seed)
     console = _console()
     with LiveDisplay(console, settings.methods[0]) as display:
@@ -70,7 +65,8 @@ def demo(
     for line in verdict(results):
         console.print(line, highlight=False)
     console.print(
-        f"Took {results.seconds / 60:.1f} minutes. Look at {pictures[0]}; everything is in {output}/."
+        f"Took {results.seconds / 60:.1f} minutes. Look at {escape(str(pictures[0]))}; "
+        f"everything is in {escape(str(output))}/."
     )
 
 
@@ -93,7 +89,7 @@ def merge(
     overwrite: Annotated[bool, typer.Option(help="Replace the output folder if it exists.")] = False,
 ) -> None:
     """Merge experts of one base into a model folder."""
-    from mergeready.merging import merge_folders
+    from mergeready.merging import make_method, merge_folders
 
     parameters = dict(_parse_parameter(text) for text in param or [])
     if density is not None:
@@ -102,15 +98,14 @@ def merge(
         base,
         experts,
         output,
-        method,
+        make_method(method, **parameters),
         scale=scale,
         weights=_parse_numbers(weights),
         dtype=_parse_dtype(dtype),
         strict=strict,
         overwrite=overwrite,
-        **parameters,
     )
-    _console().print(f"Merged {len(experts)} experts with {method} into {folder}/")
+    _console().print(f"Merged {len(experts)} experts with {method} into {escape(str(folder))}/")
 
 
 @app.command()
@@ -131,7 +126,7 @@ def compare(
     _print_comparison(_console(), comparison)
     if output is not None:
         draw_heatmaps(comparison, output)
-        _console().print(f"Heatmaps are in {output}")
+        _console().print(f"Heatmaps are in {escape(str(output))}")
 
 
 @app.command()
@@ -154,7 +149,8 @@ def main() -> None:
     try:
         app()
     except MergeReadyError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        message = escape(" ".join(str(error).splitlines()))
+        Console(stderr=True).print(f"[bold red]error:[/] {message}", highlight=False, soft_wrap=True)
         sys.exit(1)
 
 
@@ -174,7 +170,7 @@ def _print_comparison(console: Console, comparison: Comparison) -> None:
 
     from mergeready.metrics.heatmap import short_labels
 
-    labels = short_labels(comparison.labels)
+    labels = [escape(label) for label in short_labels(comparison.labels)]
     sizes = Table(title="Task vectors", title_justify="left")
     for column in ("", "expert", "norm", "norm / base"):
         sizes.add_column(column, justify="left" if column == "expert" else "right")
@@ -210,7 +206,7 @@ def _print_inspection(console: Console, expert: Expert, found: Inspection) -> No
         "weights": "plausible from the weights",
         "nothing": "not checked: an adapter without a record",
     }
-    facts = Table(title=expert.label, title_justify="left", show_header=False)
+    facts = Table(title=escape(expert.label), title_justify="left", show_header=False)
     facts.add_row("format", expert.format)
     facts.add_row("base", checked[expert.base_checked])
     facts.add_row("norm", f"{found.norm:.4g} ({found.relative_norm:.2%} of the base)")
@@ -218,7 +214,7 @@ def _print_inspection(console: Console, expert: Expert, found: Inspection) -> No
     facts.add_row("mass in top 1 %", f"{found.top_mass:.1%}")
     facts.add_row("rank", f"at most {found.rank}; stable rank {found.stable_rank:.1f} on average")
     if expert.extra:
-        facts.add_row("not in the base", ", ".join(expert.extra))
+        facts.add_row("not in the base", escape(", ".join(expert.extra)))
     console.print(facts)
     for title, values in (("group", found.groups), ("layer", found.layers)):
         table = Table()
@@ -228,7 +224,7 @@ def _print_inspection(console: Console, expert: Expert, found: Inspection) -> No
         largest = max(values.values(), default=0.0)
         for name, value in sorted(values.items()) if title == "layer" else values.items():
             bar = "█" * round(30 * value / largest) if largest else ""
-            table.add_row(str(name), f"{value:.4g}", bar)
+            table.add_row(escape(str(name)), f"{value:.4g}", bar)
         if values:
             console.print(table)
 

@@ -60,7 +60,7 @@ class LiveDisplay:
             self._status = Text(text, style="dim")
             self._live.update(self._render())
         else:
-            self._console.print(text, highlight=False)
+            self._console.print(text, highlight=False, markup=False)
 
     def expert_started(self, task: DemoTask, steps: int, peers: list[str]) -> None:
         self._bars[task.name] = self._progress.add_task(task.name, total=steps, note="")

@@ -125,7 +125,8 @@ def train_expert(
     trainer.train()
     stopped_at = trainer.state.global_step if callback.history.decisions else None
     picks, pick_steps = _merge_picks(folder / FOLDER_NAME / "picks", settings.methods)
-    if stopped_at is not None:
+    if stopped_at is not None and stopped_at < settings.steps:
+        # Not at the last step: a Trainer that is resumed there takes one more.
         listener.stopped(task, stopped_at, callback.history.decisions[-1].reason)
         trainer.remove_callback(_Progress)
         trainer.remove_callback(callback)
@@ -134,8 +135,7 @@ def train_expert(
         trainer.add_callback(_Progress(task, callback, listener))
         trainer.train(resume_from_checkpoint=True)
     save_expert(model, _fresh(folder / "end"), AutoTokenizer.from_pretrained(base))
-    for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)  # they hold optimizer states, twice the model's size
+    _drop_checkpoints(folder)
     listener.expert_finished(task)
     history = read_history(folder / FOLDER_NAME / "history.jsonl")
     return TrainedExpert(task, folder / "end", picks, pick_steps, stopped_at, history)
@@ -155,6 +155,7 @@ def train_joint(tasks: Sequence[PreparedTask], base: Path, folder: Path, setting
     arguments = _arguments(folder, settings, steps=settings.steps * len(tasks))
     _plain(Trainer(model, arguments, train_dataset=Dataset.from_dict(rows), data_collator=_collate)).train()
     save_expert(model, _fresh(folder / "end"), AutoTokenizer.from_pretrained(base))
+    _drop_checkpoints(folder)
     return folder / "end"
 
 
@@ -226,6 +227,11 @@ def _merge_picks(folder: Path, methods: Sequence[str]) -> tuple[dict[str, Path],
     labels = {method: MERGE_BEST if len(methods) == 1 else f"{MERGE_BEST}:{method}" for method in methods}
     picks = {method: folder / index[label]["folder"] for method, label in labels.items()}
     return picks, {method: index[label]["step"] for method, label in labels.items()}
+
+
+def _drop_checkpoints(folder: Path) -> None:
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)  # they hold optimizer states, twice the model's size
 
 
 def _fresh(folder: Path) -> Path:

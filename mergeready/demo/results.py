@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -119,9 +120,12 @@ def compile_results(
     joint: Path | None,
     methods: Sequence[str],
     steps: int,
-    seconds: float,
+    began: float,
 ) -> DemoResults:
-    """Merge ends and picks with every method and put all test scores together."""
+    """Merge ends and picks with every method and put all test scores together.
+
+    ``began`` is the ``time.perf_counter`` at which the demo started.
+    """
     ends, picks, gain = {}, {}, {}
     for method in methods:
         end_scores, end_search = scorer.merged([expert.end for expert in experts], method)
@@ -139,7 +143,7 @@ def compile_results(
         steps=steps,
         stopped_at={expert.task.name: expert.stopped_at for expert in experts},
         pick_steps={method: {e.task.name: e.pick_steps[method] for e in experts} for method in methods},
-        seconds=seconds,
+        seconds=time.perf_counter() - began,
     )
 
 

@@ -6,6 +6,9 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import datasets
+import transformers
+
 from mergeready.demo.encoder import encoder_folder
 from mergeready.demo.events import Listener
 from mergeready.demo.experts import TrainedExpert, prepare, train_expert, train_joint
@@ -35,7 +38,7 @@ def run_demo(output: Path, settings: DemoSettings, listener: Listener) -> tuple[
     """
     if output.exists():
         raise OutputExistsError(f"{output} exists. Name another output folder, or delete it.")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _quieten_libraries()
     began = time.perf_counter()
     base = encoder_folder()
     tasks = prepare(load_tasks(), base, settings)
@@ -54,10 +57,17 @@ def run_demo(output: Path, settings: DemoSettings, listener: Listener) -> tuple[
         joint = train_joint(tasks, base, output / "joint", settings)
     listener.working_on("merging ends and picks")
     scorer = Scorer(base, tasks)
-    seconds = time.perf_counter() - began
-    results = compile_results(scorer, tasks, experts, joint, settings.methods, settings.steps, seconds)
+    results = compile_results(scorer, tasks, experts, joint, settings.methods, settings.steps, began)
     pictures = draw(experts, results, settings.methods[0], output)
     with new_file(output / RESULTS_NAME) as temporary:
         content = {"settings": asdict(settings), "results": results.to_json()}
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return results, pictures
+
+
+def _quieten_libraries() -> None:
+    """The demo has a display of its own, which the libraries' bars and notes would tear apart."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()

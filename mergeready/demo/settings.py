@@ -24,10 +24,10 @@ class DemoSettings:
 
     steps: int = 160
     batch_size: int = 32
-    learning_rate: float = 1e-4
+    learning_rate: float = 3e-4
     probe_first: int = 8
     probe_every: int = 32
-    patience: int = 3
+    patience: int = 2
     examples: int | None = None
     methods: tuple[str, ...] = ("task_arithmetic", "ties")
     joint: bool = False

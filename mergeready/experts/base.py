@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from mergeready.weights.open import WeightsLike, open_weights, resolve_folder
 from mergeready.weights.source import WeightSource
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_GENERATES = re.compile(r"LMHead|ForCausalLM")
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,27 @@ class Base:
         source = open_weights(base)
         require_wide_floats(source)
         return cls(source, BaseIdentity.of(source))
+
+    @property
+    def tied(self) -> frozenset[str]:
+        """Parameters that the model uses in two places, as far as that can be told: embeddings that are also head."""
+        return frozenset(self.source.aliases.values()) | self._tied_by_config()
+
+    def _tied_by_config(self) -> frozenset[str]:
+        """The embeddings of a language model's folder that holds no head."""
+        if self.folder is None:
+            return frozenset()
+        try:
+            config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return frozenset()
+        if not isinstance(config, dict):
+            return frozenset()
+        vocabulary = (config.get("text_config") or config).get("vocab_size")
+        infos = self.source.infos.items()
+        sized = [name for name, info in infos if len(info.shape) == 2 and info.rows == vocabulary]
+        generates = any(_GENERATES.search(name) for name in config.get("architectures") or ())
+        return frozenset(sized if generates and len(sized) == 1 else ())
 
     def require_name(self, declared: str | None, what: str) -> None:
         """Raise if an expert declares a hub id that is not the hub id this base was opened by.

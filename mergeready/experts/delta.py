@@ -96,7 +96,7 @@ class Rows:
         width = math.prod(self.shape[1:])
         first = start // width
         last = math.ceil(stop / width)
-        block = torch.zeros(last - first, width)
+        block = torch.zeros(last - first, width, device=self.value.device)
         inside = (self.index >= first) & (self.index < last)
         block[self.index[inside] - first] = self.value[inside].reshape(-1, width).float()
         return block.reshape(-1)[start - first * width : stop - first * width]

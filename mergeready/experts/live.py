@@ -13,7 +13,7 @@ from mergeready.experts.open import pair_with_base
 from mergeready.experts.peft_config import PeftConfig
 from mergeready.experts.peft_lora import PeftTaskVector
 from mergeready.experts.task_vector import FullTaskVector, TaskVector
-from mergeready.weights.module import ModuleSource, plain_name
+from mergeready.weights.module import ModuleSource, module_parameters, plain_name, unwrap
 from mergeready.weights.open import WeightsLike
 from mergeready.weights.state_dict import StateDictSource
 
@@ -58,7 +58,7 @@ class LiveExpert:
         source = ModuleSource(self.model)
         names, self.extra, self.missing = pair_with_base(source, self.base, strict=False)
         require_kinship(source, self.base.source, names)
-        parameters = {plain_name(name): p for name, p in self.model.named_parameters()}
+        parameters = module_parameters(self.model)
         self.targets: Mapping[str, Tensor] = {
             b: parameters[own] for b, own in names.items() if own in parameters
         }
@@ -113,17 +113,6 @@ class LiveExpert:
                 parameter.requires_grad_(flag)
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DDP, ``torch.compile`` and the like."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and type(model).__name__ in {"DistributedDataParallel", "DataParallel"}:
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
-
-
 def is_peft(model: nn.Module) -> bool:
     """Whether the model is a PEFT model.
 
@@ -142,7 +131,7 @@ def is_peft(model: nn.Module) -> bool:
 def _base_parameters(model: Any) -> dict[str, Tensor]:
     """The base's own parameters inside a PEFT model, under the names they had before."""
     found: dict[str, Tensor] = {}
-    for full_name, parameter in model.get_base_model().named_parameters():
+    for full_name, parameter in model.get_base_model().named_parameters(remove_duplicate=False):
         name = plain_name(full_name)
         own = ("lora_", ".modules_to_save.", "trainable_tokens_")
         if not any(mark in name for mark in own):

@@ -45,7 +45,7 @@ class PeftTaskVector(TaskVector):
     Raises:
         FormatError: If tensors are unknown or do not pair up; all are listed.
         MismatchError: If targets are missing in the base or have another shape; all are listed.
-        UnsupportedError: If two changes meet in one tied parameter.
+        UnsupportedError: If it changes one place of a parameter that the base uses in two.
     """
 
     def __init__(self, source: WeightSource, config: PeftConfig, base: Base, label: str) -> None:
@@ -128,6 +128,7 @@ class _Builder:
     problems: list[str] = field(default_factory=list)
     extra: list[str] = field(default_factory=list)
     names: Mapping[str, str] = field(default_factory=dict)
+    tied: frozenset[str] = frozenset()
     _owners: dict[str, str] = field(default_factory=dict)
 
     def match(self, modules: Mapping[str, object], copies: Mapping[str, str]) -> None:
@@ -136,6 +137,7 @@ class _Builder:
         wanted += list(copies)
         base = self.base.source
         self.names = match_names(wanted, base.infos, base_aliases=base.aliases).to_base
+        self.tied = self.base.tied
 
     def add_module(self, module: str, keys: Mapping[str, str]) -> None:
         name = self.names.get(f"{module}.weight")
@@ -220,10 +222,11 @@ class _Builder:
 
     def _add(self, name: str, module: str, part: Part) -> None:
         owner = self._owners.setdefault(name, module)
-        if owner != module:
+        # Trained token rows act in both places; whatever else PEFT trains acts in one.
+        if owner != module or (name in self.tied and not isinstance(part, RowsPart)):
             raise UnsupportedError(
-                f"{self.label} changes {name} both through {owner} and through {module}: the base ties them. "
-                "Untie the base's embeddings first, or adapt only one of them."
+                f"{self.label} changes {name} through {module}. The base ties its embeddings, so no single weight acts "
+                "as the adapted model's two do. Untie the base's embeddings first, or leave them out of the adapter."
             )
         self.parts.setdefault(name, []).append(part)
 

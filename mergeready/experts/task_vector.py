@@ -10,6 +10,7 @@ from torch import Tensor
 from mergeready.errors import NonFiniteError, listing
 from mergeready.experts.delta import Delta, Dense
 from mergeready.experts.identity import BaseIdentity
+from mergeready.experts.sums import squared_norm
 from mergeready.weights.source import TensorInfo, WeightSource, chunk_ranges
 
 
@@ -110,8 +111,7 @@ def squared_norms(vector: TaskVector) -> dict[str, float]:
     for name, info in vector.infos.items():
         total = 0.0
         for start, stop in chunk_ranges(info):
-            chunk = vector.flat(name, start, stop)
-            total += float(torch.dot(chunk, chunk))
+            total += squared_norm(vector.flat(name, start, stop))
         sums[name] = total
     require_finite(vector.label, sums)
     return sums

@@ -12,9 +12,9 @@ from mergeready.experts.base import Base
 from mergeready.experts.open import ExpertLike, open_expert
 from mergeready.merging.folders import merge_folders
 from mergeready.merging.memory import merge_state, with_state
-from mergeready.merging.parameter import check_scale, check_weights
+from mergeready.merging.parameter import check_dtype, check_scale, check_weights
 from mergeready.merging.registry import MethodLike, make_method
-from mergeready.merging.statistics import Statistics
+from mergeready.merging.statistics import Statistics, check_statistics
 
 
 @overload
@@ -109,7 +109,7 @@ def merge(
         chosen,
         scale=check_scale(scale),
         weights=check_weights(weights, len(opened)),
-        dtype=dtype,
-        statistics=statistics,
+        dtype=check_dtype(dtype),
+        statistics=check_statistics(statistics),
     )
     return with_state(base, state) if isinstance(base, nn.Module) else state

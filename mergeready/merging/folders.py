@@ -14,6 +14,7 @@ from mergeready.experts.record import write_record
 from mergeready.merging.method import MergeMethod
 from mergeready.merging.parameter import (
     add_delta,
+    check_dtype,
     check_scale,
     check_weights,
     merged_chunks,
@@ -21,7 +22,7 @@ from mergeready.merging.parameter import (
     require_finite_chunk,
 )
 from mergeready.merging.registry import MethodLike, make_method
-from mergeready.merging.statistics import Statistics, merged_statistic
+from mergeready.merging.statistics import Statistics, check_statistics, merged_statistic
 from mergeready.weights.open import WeightsLike
 from mergeready.weights.source import TensorInfo, chunk_ranges, is_mergeable
 from mergeready.weights.writer import DEFAULT_SHARD_BYTES, FolderWriter
@@ -49,7 +50,7 @@ def merge_folders(
     Args:
         base: The base that all experts started from.
         experts: Experts of any kind that ``open_expert`` understands.
-        output: The folder to make.
+        output: The folder to make; it must not contain an input's folder.
         method: A method's name or a method with its parameters.
         scale: Factor on the merged delta.
         weights: One factor an expert; 1 each by default.
@@ -72,7 +73,10 @@ def merge_folders(
     opened = [open_expert(expert, base, strict=strict) for expert in experts]
     if not opened:
         raise OptionError("`experts` is empty: there is nothing to merge.")
+    _require_apart(Path(output), [base.folder, *(expert.folder for expert in opened)])
     factors, scale = check_weights(weights, len(opened)), check_scale(scale)
+    check_dtype(dtype)
+    check_statistics(statistics)
     infos = {name: _output_info(name, info, dtype) for name, info in base.source.infos.items()}
     writer = FolderWriter(output, infos, shard_bytes=shard_bytes, companions=base.folder, overwrite=overwrite)
     with writer:
@@ -82,6 +86,15 @@ def merge_folders(
         if dtype is not None:
             _set_config_dtype(writer.folder / "config.json", dtype)
     return Path(output)
+
+
+def _require_apart(output: Path, inputs: Sequence[Path | None]) -> None:
+    """Refuse an output whose replacement would delete what is being read."""
+    for folder in inputs:
+        if folder is not None and output.resolve() in folder.resolve().parents:
+            raise OptionError(
+                f"{output} holds {folder}, which is an input of this merge. Name another output."
+            )
 
 
 def _write_all(
@@ -115,8 +128,6 @@ def _write_all(
 def _output_info(name: str, info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
     if dtype is None or not is_mergeable(name, info):
         return info
-    if not dtype.is_floating_point:
-        raise OptionError(f"`dtype` must be a floating dtype, not {dtype}.")
     return TensorInfo(info.shape, dtype)
 
 

@@ -11,6 +11,7 @@ from mergeready.experts.open import Expert
 from mergeready.merging.method import MergeMethod
 from mergeready.merging.parameter import add_delta, merged_delta, raise_if_broken, require_finite_chunk
 from mergeready.merging.statistics import Statistics, merged_statistic
+from mergeready.weights.module import module_parameters, plain_name, unwrap
 from mergeready.weights.source import is_mergeable
 
 
@@ -51,6 +52,9 @@ def with_state(module: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     """A copy of a module that holds other weights, on the same devices."""
     merged = copy.deepcopy(module)
     with torch.no_grad():
-        for name, tensor in [*merged.named_parameters(), *merged.named_buffers()]:
-            tensor.copy_(state[name])
+        for name, parameter in module_parameters(merged).items():
+            parameter.copy_(state[name])
+        for name, buffer in unwrap(merged).named_buffers():
+            if plain_name(name) in state:  # buffers that no checkpoint holds stay as they are
+                buffer.copy_(state[plain_name(name)])
     return merged

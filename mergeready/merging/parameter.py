@@ -19,10 +19,10 @@ def merged_chunks(
 ) -> Iterator[tuple[int, int, Tensor]]:
     """The merged delta of one parameter as (start, stop, fp32 values), in order and without gaps.
 
-    Yields nothing where no expert has a delta. Every engine merges through this function, on the same pieces,
-    which is why their results are equal bit by bit.
+    Yields nothing where no expert has a delta, or the parameter has no elements. Every engine merges through this
+    function, on the same pieces, which is why their results are equal bit by bit.
     """
-    if not any(name in vector for vector in vectors):
+    if not info.numel or not any(name in vector for vector in vectors):
         return
     if not isinstance(method, ElementwiseMethod):
         raise OptionError(f"{method.name} is of an unknown kind.")
@@ -74,6 +74,17 @@ def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     if broken:
         raise OptionError(f"`weights` must be finite, not {listing(broken)}.")
     return [float(weight) for weight in weights]
+
+
+def check_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
+    """A floating dtype of more than 8 bits, or None.
+
+    Raises:
+        OptionError: If it is another one.
+    """
+    if dtype is not None and not (dtype.is_floating_point and dtype.itemsize > 1):
+        raise OptionError(f"`dtype` must be a floating dtype of 16 bits or more, not {dtype}.")
+    return dtype
 
 
 def check_scale(scale: float) -> float:

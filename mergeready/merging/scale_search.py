@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,8 +17,8 @@ class ScaleSearch:
         best: The scale with the best value.
         value: Its value.
         tried: Every scale that was evaluated, with its value, by rising scale.
-        inside: Whether worse values were seen on both sides of the best scale. Where not, the optimum may lie
-            beyond what was tried, and the value is a bound rather than a result.
+        inside: Whether the best scales are enclosed, by worse ones above and by worse ones or the base below. Where
+            not, the optimum may lie beyond what was tried, and the value is a bound rather than a result.
     """
 
     best: float
@@ -36,8 +37,8 @@ def search_scale(
 ) -> ScaleSearch:
     """Find the best scale, widening the grid by its own ratio until the optimum lies inside.
 
-    A grid that ends too early reverses conclusions, because short task vectors want large scales. Among equal
-    values the middle scale is taken.
+    A grid that ends too early reverses conclusions, because short task vectors want large scales. For the same reason
+    a plateau is followed to its end. Among equal values the middle scale is taken; NaN is the worst value.
 
     Args:
         evaluate: The metric of the model merged at a scale.
@@ -61,9 +62,10 @@ def search_scale(
     if base_value is not None:
         values[0.0] = base_value
     while True:
-        best = _best(values, sign)
-        edge = _open_edge(values, best)
+        ties = _best(values, sign)
+        edge = _open_edge(values, ties)
         if edge is None or calls >= max_evaluations:
+            best = _middle(ties)
             return ScaleSearch(best, values[best], dict(sorted(values.items())), edge is None)
         values[edge] = evaluate(edge)
         calls += 1
@@ -80,20 +82,25 @@ def check_scales(scales: Sequence[float]) -> list[float]:
     return sorted({float(scale) for scale in scales})
 
 
-def _best(values: Mapping[float, float], sign: float) -> float:
-    top = max(sign * value for value in values.values())
-    ties = sorted(scale for scale, value in values.items() if sign * value == top)
-    ties = [scale for scale in ties if scale > 0] or ties
-    return ties[(len(ties) - 1) // 2]
+def _best(values: Mapping[float, float], sign: float) -> list[float]:
+    """The scales with the best value, rising; NaN is worse than any number."""
+    known = {scale: sign * value for scale, value in values.items() if not math.isnan(value)}
+    top = max(known.values(), default=math.nan)
+    return sorted(scale for scale, value in known.items() if value == top) or sorted(values)
 
 
-def _open_edge(values: Mapping[float, float], best: float) -> float | None:
-    """The next scale to try where the best is at the edge of what was tried; None where it lies inside."""
+def _middle(ties: Sequence[float]) -> float:
+    positive = [scale for scale in ties if scale > 0] or ties
+    return positive[(len(positive) - 1) // 2]
+
+
+def _open_edge(values: Mapping[float, float], ties: Sequence[float]) -> float | None:
+    """The next scale to try where a best one is at the edge of what was tried; None where all lie inside."""
     positive = sorted(scale for scale in values if scale > 0)
-    if best == positive[-1]:
+    if ties[-1] == positive[-1]:
         ratio = positive[-1] / positive[-2] if len(positive) > 1 else _SINGLE_RATIO
-        return best * ratio
-    if best in (0.0, positive[0]) and (best == 0.0 or 0.0 not in values):
+        return positive[-1] * ratio
+    if ties == [0.0] or (0.0 not in values and ties[0] == positive[0]):
         ratio = positive[1] / positive[0] if len(positive) > 1 else _SINGLE_RATIO
         return positive[0] / ratio
     return None

@@ -52,7 +52,8 @@ def kept_count(density: float, numel: int) -> int:
 def top_k(read: Read, info: TensorInfo, count: int) -> TopK:
     """Find the ``count`` entries of largest magnitude in two passes over the chunks of a tensor.
 
-    Equal to what a full stable sort by falling magnitude would give. NaN must have been ruled out before.
+    Equal to what a full stable sort by falling magnitude would give. NaN count as largest but are never chosen: they
+    stay NaN where others become zero, and the engines refuse them by name.
     """
     if info.numel <= CHUNK_ELEMENTS:
         magnitude = read(0, info.numel).abs().cpu()
@@ -71,8 +72,10 @@ def top_k(read: Read, info: TensorInfo, count: int) -> TopK:
 
 def _break_ties(values: Tensor, indices: Tensor, value: float, count: int) -> TopK:
     """Of entries equal to the border value, as many as are still needed, the first ones."""
+    if math.isnan(value):
+        return TopK(value, -1)
     equal = indices[values == value]
-    needed = count - int((values > value).sum())
+    needed = count - int((~(values <= value)).sum())
     return TopK(value, int(equal[needed - 1]))
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mergeready.experts.sums import inner_products
 from mergeready.metrics.stream import Accumulator, Chunk
 
 
@@ -22,7 +23,7 @@ class GramAccumulator(Accumulator):
 
     def update(self, chunk: Chunk) -> None:
         stacked = torch.stack(list(chunk.deltas))
-        self.sums += (stacked[: self._rows] @ stacked.T).cpu().double()
+        self.sums += inner_products(stacked[: self._rows], stacked)
 
     def cosines(self, norms: Tensor | None = None) -> Tensor:
         """Cosines, float64, shape (rows, count); NaN where a norm is zero.

@@ -10,7 +10,13 @@ _RULES = (
     ("norm", re.compile(r"norm|(?:^|\.)ln_|\.bn\d*\.", re.IGNORECASE)),
     ("embedding", re.compile(r"embed|(?:^|\.)wte\.|(?:^|\.)wpe\.|lm_head", re.IGNORECASE)),
     ("attention", re.compile(r"attn|attention|\.[qkvo]_proj\.|\.(?:query|key|value)\.", re.IGNORECASE)),
-    ("mlp", re.compile(r"mlp|ffn|feed_forward|fc\d|intermediate|dense|_proj\.|experts", re.IGNORECASE)),
+    (
+        "mlp",
+        re.compile(
+            r"mlp|ffn|feed_forward|fc\d|intermediate|output\.dense|DenseReluDense|_proj\.|experts",
+            re.IGNORECASE,
+        ),
+    ),
 )
 
 

@@ -86,6 +86,7 @@ def stable_rank(matrix: Tensor) -> float:
     2.25
     """
     generator = torch.Generator().manual_seed(0)
+    matrix = matrix / matrix.abs().max()  # squares of small entries would be zero in fp32
     direction = torch.randn(matrix.shape[1], generator=generator).to(matrix)
     for _ in range(_ITERATIONS):
         direction = matrix.T @ (matrix @ direction)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from mergeready.experts.sums import squared_norm
 from mergeready.metrics.stream import Accumulator, Chunk
 
 
@@ -28,7 +29,7 @@ class NormAccumulator(Accumulator):
     def update(self, chunk: Chunk) -> None:
         row = self.sums[self._row[chunk.name]]
         for column, values in enumerate([*chunk.deltas[: self._count], chunk.base]):
-            row[column] += torch.dot(values, values).item()
+            row[column] += squared_norm(values)
 
     def norm(self, expert: int) -> float:
         """‖τ‖ of one expert over all parameters."""

@@ -26,8 +26,8 @@ class SignConflictAccumulator(Accumulator):
         self._rows = 1 if first_row_only else count
         self._together = not first_row_only
         # Agreements minus conflicts by pair; both non-zero by pair; coordinates and conflict by m.
-        self._layout = [self._rows * count, self._rows * count, count + 1, count + 1]
-        self.sums = torch.zeros(sum(self._layout), dtype=torch.float64)
+        self._lengths = [self._rows * count, self._rows * count, count + 1, count + 1]
+        self.sums = torch.zeros(sum(self._lengths), dtype=torch.float64)
 
     def update(self, chunk: Chunk) -> None:
         signs = torch.stack(list(chunk.deltas)).sign_()
@@ -41,11 +41,11 @@ class SignConflictAccumulator(Accumulator):
             parts.append(torch.bincount(index, minlength=length))
             parts.append(torch.bincount(index, weights=conflict.double(), minlength=length))
         else:
-            parts += [torch.zeros(size) for size in self._layout[2:]]
+            parts += [torch.zeros(size) for size in self._lengths[2:]]
         self.sums += torch.cat([part.flatten().cpu().double() for part in parts])
 
     def _parts(self) -> tuple[Tensor, ...]:
-        return torch.split(self.sums, self._layout)
+        return torch.split(self.sums, self._lengths)
 
     def pairwise(self) -> Tensor:
         """Share of conflicting coordinates by pair, float64, shape (rows, count); NaN where nothing is shared."""

@@ -25,8 +25,8 @@ class Accumulator(ABC):
     """A metric as a sum over pieces of parameters.
 
     ``sums`` holds everything that was seen, in float64 on the CPU, so that accumulators of different pieces,
-    files or shards add up: ``merge`` in one process, one all-reduce over many. A chunk has at most 2¹⁸ elements;
-    sums inside a chunk may be fp32, sums over chunks are float64, which together is accurate to 1e-6.
+    files or shards add up: ``merge`` in one process, one all-reduce over many. Only short sums are fp32, which
+    keeps every result accurate to 1e-6.
     """
 
     sums: Tensor
@@ -41,9 +41,13 @@ class Accumulator(ABC):
         Raises:
             OptionError: If their layouts differ.
         """
-        if type(other) is not type(self) or other.sums.shape != self.sums.shape:
+        if type(other) is not type(self) or other._layout() != self._layout():
             raise OptionError(f"a {type(other).__name__} of another layout cannot be added.")
         self.sums += other.sums
+
+    def _layout(self) -> dict[str, object]:
+        """What says which number in ``sums`` is which: everything else that the accumulator was made with."""
+        return {name: value for name, value in vars(self).items() if name != "sums"}
 
 
 def accumulate(

@@ -15,8 +15,8 @@ class TopMassAccumulator(Accumulator):
     """Share of ‖τ‖² that sits in the entries of largest magnitude.
 
     Near the share of entries for a flat task vector, near 1 for a sparse one; says what trimming costs. Entries are
-    counted and summed in bins 0.1 % wide, and a bin is split evenly where the border falls into it, so the result
-    is exact to 1e-6 unless a bin holds more than one percent of the mass.
+    counted and summed in bins 0.1 % wide, and a bin is split evenly where the border falls into it, which misplaces
+    a 2000th of that bin's mass at most: the result is exact to 1e-6 unless a bin holds over 0.2 % of the mass.
 
     Args:
         expert: Position of the task vector among those in a chunk.

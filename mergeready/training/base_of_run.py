@@ -8,9 +8,9 @@ from torch import nn
 from mergeready.errors import FormatError, HistoryError, MergeReadyError
 from mergeready.experts.base import Base
 from mergeready.experts.kinship import require_frozen_equal
-from mergeready.experts.live import is_peft, unwrap
+from mergeready.experts.live import is_peft
 from mergeready.experts.open import pair_with_base
-from mergeready.weights.module import ModuleSource
+from mergeready.weights.module import ModuleSource, unwrap
 from mergeready.weights.open import WeightsLike
 from mergeready.weights.source import WeightSource, chunk_ranges
 from mergeready.weights.writer import FolderWriter
@@ -46,7 +46,7 @@ def base_of_run(
         return Base.open(base)
     if is_peft(unwrap(model)):
         return None
-    source = ModuleSource(unwrap(model))
+    source = ModuleSource(model)
     snapshot, origin = folder / SNAPSHOT_NAME, _origin(model)
     if step > 0:
         return _find_again([path for path in (snapshot, origin) if path is not None], recorded)
@@ -61,10 +61,12 @@ def base_of_run(
 
 def _find_again(candidates: list[Path], recorded: str | None) -> Base:
     for path in candidates:
-        if path.is_dir():
+        try:
             found = Base.open(path)
-            if found.identity.fingerprint == recorded:
-                return found
+        except FormatError:
+            continue  # deleted, or no weights that can be read there
+        if found.identity.fingerprint == recorded:
+            return found
     raise HistoryError(
         "the run is resumed, so the model no longer holds the weights it started from, and they were not recorded. "
         "Pass `base`: the folder or hub id of the pretrained model."

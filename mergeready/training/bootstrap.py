@@ -7,6 +7,7 @@ from mergeready.training.evaluation import Score
 from mergeready.training.records import Estimate
 
 RESAMPLES = 1000
+_VALUES_AT_ONCE = 2**20
 CONFIDENCE = 0.95
 
 
@@ -50,9 +51,15 @@ def difference(first: Score, second: Score, *, seed: int = 0) -> Estimate:
 def _resample_means(seed: int, *columns: NDArray[np.float64]) -> NDArray[np.float64]:
     stacked = np.stack(columns, axis=1)
     generator = np.random.default_rng(seed)
-    index = generator.integers(0, len(stacked), size=(RESAMPLES, len(stacked)))
-    means: NDArray[np.float64] = stacked[index].mean(axis=1)
-    return means
+    rows = max(
+        _VALUES_AT_ONCE // stacked.size, 1
+    )  # all draws at once would take gigabytes for large test sets
+    means = []
+    for first in range(0, RESAMPLES, rows):
+        count = min(rows, RESAMPLES - first)
+        index = generator.integers(0, len(stacked), size=(count, len(stacked)))
+        means.append(stacked[index].mean(axis=1))
+    return np.concatenate(means)
 
 
 def _with_interval(value: float, draws: NDArray[np.float64], n: int | None) -> Estimate:

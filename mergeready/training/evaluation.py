@@ -93,7 +93,9 @@ def take_score(result: Mapping[str, Values], metric: str, task: str) -> Score:
     """
     raw = result[choose_metric(result, metric, task)]
     try:
-        values = np.asarray(raw.detach().float().cpu() if isinstance(raw, Tensor) else raw, dtype=np.float64)
+        # A copy, since an evaluation may return the same buffer each time.
+        plain = raw.detach().cpu().double().numpy() if isinstance(raw, Tensor) else raw
+        values = np.array(plain, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise EvaluationError(f"the evaluation of {task} returned {raw!r} as {metric}: no number.") from error
     if values.size == 0:

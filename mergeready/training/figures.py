@@ -23,14 +23,17 @@ def draw_curve(axes: Any, history: History, method: str, *, task: str = OWN, pic
     """
     probes = [probe for probe in history.probes if method in probe.merges]
     steps = [probe.step for probe in probes]
-    expert = [probe.expert for probe in probes]
-    merged = [probe.merges[method].tasks[task].merged for probe in probes]
+    results = [probe.merges[method].tasks[task] for probe in probes]
+    merged = [result.merged for result in results]
+    expert = [
+        probe.expert if task == OWN else Estimate(value=r.expert)
+        for probe, r in zip(probes, results, strict=True)
+    ]
     surrogate = any(probe.surrogate for probe in probes)
     _line(axes, steps, expert, EXPERT_COLOR, "expert")
     _line(axes, steps, merged, MERGED_COLOR, "merged with surrogates" if surrogate else "merged")
     if probes:
-        base = probes[-1].merges[method].tasks[task].base
-        axes.axhline(base, color=MARK_COLOR, linewidth=1, linestyle=":", label="base")
+        axes.axhline(results[-1].base, color=MARK_COLOR, linewidth=1, linestyle=":", label="base")
     stops = [decision.step for decision in history.decisions]
     if stops:
         axes.axvline(stops[0], color=MARK_COLOR, linewidth=1, linestyle="--", label="stopped")

@@ -128,8 +128,9 @@ class HistoryFile(History):
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         same = next((i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), len(wanted))
-        with path.with_suffix(".superseded.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(line if line.endswith("\n") else line + "\n" for line in found[same:])
+        if found[same:]:
+            with path.with_suffix(".superseded.jsonl").open("a", encoding="utf-8") as file:
+                file.writelines(line if line.endswith("\n") else line + "\n" for line in found[same:])
         with new_file(path) as temporary:
             temporary.write_text("".join(wanted), encoding="utf-8")
 

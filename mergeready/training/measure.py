@@ -49,7 +49,7 @@ def measure(live: LiveExpert, peers: Sequence[OpenPeer], step: int, history: His
     return MetricsRecord(
         step=step,
         norm=norm,
-        relative_norm=norms.relative_norm(0),
+        relative_norm=_finite(norms.relative_norm(0)),
         growth=growth_per_step(step, norm, last.step, last.norm) if last else growth_per_step(step, norm),
         groups=norms.by(group_of, 0),
         layers={int(layer): value for layer, value in norms.by(_layer_key, 0).items()},

@@ -107,7 +107,6 @@ class Monitor:
             MergeReadyError: If base, peers or evaluations are not usable. Nothing was changed.
         """
         self.folder = Path(folder)
-        self._began = time.perf_counter()
         known = self._restored.start if self._restored is not None else None
         base = base_of_run(model, self.base, self.folder, step=step, recorded=known.base if known else None)
         self.live = LiveExpert(model, base)
@@ -124,6 +123,8 @@ class Monitor:
                 raise OptionError("`picks` needs a way to save the model.")
             self._store = PickStore(self.folder / "picks", self.picks, save, self.live.base.identity)
         self._open_history(step)
+        # Training time begins here; the references count as spent, and what is spent is taken off again.
+        self._began = time.perf_counter() - self._reference_seconds
         self.started = True
 
     def on_step(self, step: int) -> Outcome:
@@ -169,7 +170,7 @@ class Monitor:
     def finish(self) -> dict[str, Any]:
         """At the end: remove what is not picked, write ``summary.json`` and return its content."""
         self.on_save()
-        selected = self.picks.select(self.history) if self.picks and self.history.probes else {}
+        selected = self._store.selected(self.history) if self._store and self.history.probes else {}
         summary = {
             "picks": selected,
             "stopped": [
@@ -201,7 +202,10 @@ class Monitor:
             raise HistoryError(
                 f"the saved monitor state has version {state.get('version')}, not {STATE_VERSION}."
             )
-        self._restored = History.from_json(state["history"])
+        records = state.get("history")
+        if not isinstance(records, list | tuple):
+            raise HistoryError("the saved monitor state holds no history.")
+        self._restored = History.from_json(records)
 
     def _make_prober(self, evaluate: Evaluate | None, metric: str | None) -> Prober | None:
         if self.probe is None:

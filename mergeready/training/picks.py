@@ -102,7 +102,10 @@ class PickStore:
         """Save the model if its step, the newest probe, is picked; rewrite ``picks.json``."""
         step = history.probes[-1].step
         selected = self.picks.select(history, available={*self.saved(), step})
-        if step in selected.values():
+        if step not in selected.values():
+            # What lies there is of a run that was resumed from before this step, and may have gone another way.
+            shutil.rmtree(self.path(step), ignore_errors=True)
+        else:
             with new_folder(self.path(step), overwrite=True) as folder:
                 self._save(folder)
                 write_record(folder, self._base, step=step)
@@ -110,11 +113,16 @@ class PickStore:
         return selected
 
     def prune(self, history: History) -> None:
-        """Delete checkpoints that are no longer picked."""
-        wanted = set(self.picks.select(history, available=self.saved()).values())
+        """Delete checkpoints that are no longer picked; rewrite ``picks.json``."""
+        selected = self.selected(history)
         for step in self.saved():
-            if step not in wanted:
+            if step not in selected.values():
                 shutil.rmtree(self.path(step))
+        self._write_index(history, selected)
+
+    def selected(self, history: History) -> dict[str, int]:
+        """Label to step, given the checkpoints that exist."""
+        return self.picks.select(history, available=self.saved())
 
     def saved(self) -> list[int]:
         """Steps whose checkpoints exist."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -32,7 +33,7 @@ class MergedPlateau:
     Attributes:
         patience: Probes without improvement that are tolerated, at least 1.
         min_delta: Smallest change that counts as improvement, in units of the metric.
-        methods: Labels of the merge methods that must have stopped improving; None for all that are probed.
+        methods: Labels of the merge methods that must have stopped improving; None for all that the newest probe ran.
         min_step: Never stop before this step.
     """
 
@@ -43,14 +44,18 @@ class MergedPlateau:
 
     def __post_init__(self) -> None:
         _check_plateau(self.patience, self.min_delta)
+        if self.methods is not None and (isinstance(self.methods, str) or not self.methods):
+            raise OptionError(f"`methods` must be a list of labels, or None for all, not {self.methods!r}.")
 
     def __call__(self, history: History) -> Decision:
-        labels = list(self.methods) if self.methods is not None else history.methods
-        unknown = [label for label in labels if label not in history.methods]
-        if history.probes and unknown:
-            raise OptionError(f"`methods` names {unknown}, but the probe runs {history.methods}.")
-        if not labels or not history.probes:
+        if not history.probes:
             return Decision(False, "no probe yet")
+        # A run that was resumed with other methods has old ones in its history that can never stop improving.
+        probed = [label for label in history.methods if label in history.probes[-1].merges]
+        labels = probed if self.methods is None else list(self.methods)
+        unknown = [label for label in labels if label not in probed]
+        if unknown:
+            raise OptionError(f"`methods` names {unknown}, but the probe runs {probed}.")
         series = {label: history.merged(label) for label in labels}
         reasons = []
         for label, points in series.items():
@@ -112,10 +117,9 @@ class NormBudget:
         newest = history.metrics[-1]
         if self.max_norm is not None and newest.norm > self.max_norm:
             return Decision(True, f"‖τ‖ = {newest.norm:.4g} is beyond {self.max_norm:.4g}")
-        if self.max_relative_norm is not None and newest.relative_norm > self.max_relative_norm:
-            return Decision(
-                True, f"‖τ‖/‖θ₀‖ = {newest.relative_norm:.4g} is beyond {self.max_relative_norm:.4g}"
-            )
+        relative = math.inf if newest.relative_norm is None else newest.relative_norm
+        if self.max_relative_norm is not None and relative > self.max_relative_norm:
+            return Decision(True, f"‖τ‖/‖θ₀‖ = {relative:.4g} is beyond {self.max_relative_norm:.4g}")
         return Decision(False, f"‖τ‖ = {newest.norm:.4g}")
 
 

@@ -196,7 +196,7 @@ class Prober:
     def _first_grid(self, label: str, history: History) -> Sequence[float]:
         """The probe's own grid at first; afterwards the last best scale and its neighbours."""
         last = next((p.merges[label] for p in reversed(history.probes) if label in p.merges), None)
-        if last is None or last.scale <= 0 or len(self.probe.scales) < 2:
+        if last is None or last.scale <= 0 or len(self.probe.scales) < 2 or self.probe.max_evaluations < 3:
             return self.probe.scales
         grid = sorted(self.probe.scales)
         ratio = (grid[-1] / grid[0]) ** (1 / (len(grid) - 1))

@@ -87,7 +87,7 @@ class MetricsRecord:
 
     Attributes:
         norm: ‖τ‖ over trained parameters.
-        relative_norm: ‖τ‖ / ‖θ₀‖ over trained parameters.
+        relative_norm: ‖τ‖ / ‖θ₀‖ over trained parameters; None where these are all zero in the base.
         growth: Growth of ‖τ‖ per step since the measurement before.
         groups: ‖τ‖ by group of parameters.
         layers: ‖τ‖ by layer index.
@@ -100,7 +100,7 @@ class MetricsRecord:
     kind: Literal["metrics"] = "metrics"
     step: int
     norm: float
-    relative_norm: float
+    relative_norm: float | None
     growth: float
     groups: dict[str, float]
     layers: dict[int, float]

@@ -3,10 +3,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_model
+from safetensors.torch import save_file
 from torch import nn
 
-from mergeready.experts.live import unwrap
+from mergeready.weights.module import ModuleSource, unwrap
 from mergeready.weights.safetensors_folder import SINGLE_NAME
 
 
@@ -24,6 +24,9 @@ def save_expert(model: nn.Module, folder: Path, processor: Any = None) -> None:
     if hasattr(inner, "save_pretrained"):
         inner.save_pretrained(folder)
     else:
-        save_model(inner, str(folder / SINGLE_NAME))
+        # The library's save_model chooses another name of a tied tensor than the base of this run may have.
+        source = ModuleSource(inner)
+        tensors = {name: source.read(name).contiguous() for name in source.infos}
+        save_file(tensors, folder / SINGLE_NAME, metadata={"format": "pt", **source.aliases})
     if processor is not None and hasattr(processor, "save_pretrained"):
         processor.save_pretrained(folder)

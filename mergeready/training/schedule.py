@@ -50,10 +50,15 @@ class Schedule:
         >>> Schedule(every=10).count_after(8, total=29)
         3
         """
-        points = {total, *range(self.every, total + 1, self.every)}
-        if self.geometric:
-            points |= {2**exponent for exponent in range(min(self.every - 1, total).bit_length())}
-        return sum(point > step and self.has(point, total) for point in points)
+        if step >= total:
+            return 0
+        before = max(step, self.first - 1)
+        regular = max(total // self.every - before // self.every, 0)
+        powers = (
+            [1 << exponent for exponent in range((self.every - 1).bit_length())] if self.geometric else []
+        )
+        early = sum(before < power <= total for power in powers)
+        return regular + early + (not self.has(total))  # the last step is on the schedule in any case
 
 
 @dataclass

@@ -6,26 +6,33 @@ from torch import Tensor, nn
 
 from mergeready.weights.source import TensorInfo, WeightSource
 
-_WRAPPERS = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+_INNER_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+_OUTER_WRAPPERS = {"DistributedDataParallel", "DataParallel"}
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DDP and ``torch.compile``."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and type(model).__name__ in _OUTER_WRAPPERS:
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without what DDP, torch.compile and activation checkpointing put into it.
+    """A parameter's name without what compiled or checkpointed submodules put into it.
 
-    >>> plain_name("module._orig_mod.encoder._checkpoint_wrapped_module.weight")
+    >>> plain_name("encoder._checkpoint_wrapped_module.weight")
     'encoder.weight'
     """
-    parts = name.split(".")
-    wrappers = {wrapper.rstrip(".") for wrapper in _WRAPPERS}
-    # "module" may be a user's own attribute further down; only a leading one is DDP's.
-    while parts and parts[0] in wrappers:
-        parts = parts[1:]
-    return ".".join(part for part in parts if part not in wrappers - {"module"})
+    return ".".join(part for part in name.split(".") if part not in _INNER_WRAPPERS)
 
 
 def module_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """A module's parameters under their plain names, each tied group once."""
-    return {plain_name(name): parameter for name, parameter in module.named_parameters()}
+    """The parameters of a module, looked at through its wrappers, under plain names, each tied group once."""
+    return {plain_name(name): parameter for name, parameter in unwrap(module).named_parameters()}
 
 
 class ModuleSource(WeightSource):
@@ -38,6 +45,7 @@ class ModuleSource(WeightSource):
     """
 
     def __init__(self, module: nn.Module, label: str | None = None) -> None:
+        module = unwrap(module)
         self.label = label or f"live {type(module).__name__}"
         self._tensors: dict[str, Tensor] = dict(module_parameters(module))
         passing = _non_persistent(module)

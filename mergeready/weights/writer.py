@@ -95,6 +95,8 @@ class FolderWriter(AbstractContextManager["FolderWriter"]):
     def __enter__(self) -> FolderWriter:
         self.folder = self._context.__enter__()
         try:
+            if self._companions is not None:  # first, so that the block can still edit them
+                copy_companions(self._companions, self.folder)
             for file_name, names in self._shards.items():
                 self._create(self.folder / file_name, names)
         except BaseException as error:
@@ -167,8 +169,6 @@ class FolderWriter(AbstractContextManager["FolderWriter"]):
             total = sum(info.nbytes for info in self.infos.values())
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (self.folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        if self._companions is not None:
-            copy_companions(self._companions, self.folder)
 
     def _close(self) -> None:
         for file in self._files:

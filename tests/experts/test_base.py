@@ -8,7 +8,7 @@ import torch
 from mergeready.errors import BaseMismatchError, FormatError, OptionError, UnsupportedError
 from mergeready.experts import Base, BaseIdentity
 from mergeready.weights import StateDictSource
-from tests.models import tiny_bert
+from tests.models import tiny_bert, tiny_gpt2, tiny_llama
 
 
 def test_each_kind_of_base(tmp_path: Path) -> None:
@@ -48,6 +48,28 @@ def test_eight_bit_floats_are_refused() -> None:
     state = {"x": torch.ones(2, 2).to(torch.float8_e4m3fn), "x_scale": torch.ones(1)}
     with pytest.raises(UnsupportedError, match="8-bit floats: x"):
         Base.open(state)
+
+
+def test_which_embeddings_are_tied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for make in (tiny_gpt2, tiny_llama, tiny_bert):
+        make().save_pretrained(tmp_path / make.__name__)
+    tied = {"transformer.wte.weight"}
+    for form in (tiny_gpt2(), tiny_gpt2().state_dict(), tmp_path / "tiny_gpt2"):
+        assert Base.open(form).tied == tied
+    for form in (tiny_llama(), tmp_path / "tiny_llama", tiny_bert(), tmp_path / "tiny_bert"):
+        assert Base.open(form).tied == set()
+    monkeypatch.chdir(
+        tmp_path / "tiny_gpt2"
+    )  # another model's configuration, which says nothing about this one
+    clones = {name: tensor.clone() for name, tensor in tiny_bert().state_dict().items()}
+    assert Base.open(clones).tied == set()
+
+
+@pytest.mark.parametrize("config", ["", "[]", "{}", '{"architectures": null}', '{"text_config": null}'])
+def test_a_folder_without_a_readable_configuration_ties_nothing(tmp_path: Path, config: str) -> None:
+    tiny_gpt2().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(config)
+    assert Base.open(tmp_path).tied == set()
 
 
 def named(name: str | None) -> Base:

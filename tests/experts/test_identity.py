@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,8 @@ def test_another_dtype_is_another_base() -> None:
     assert identity(full).fingerprint != identity(half).fingerprint
     with pytest.raises(BaseMismatchError, match="another dtype is another base"):
         identity(full).require_same(identity(half), "expert")
+    zeros = torch.zeros(8, 8)  # the same bytes in both dtypes
+    assert identity({"x": zeros.half()}).fingerprint != identity({"x": zeros.bfloat16()}).fingerprint
 
 
 def test_another_shape_is_another_base() -> None:
@@ -77,7 +80,7 @@ def test_samples_lie_inside_and_reach_both_ends(numel: int) -> None:
         assert [i for start, stop in blocks for i in range(start, stop)] == list(range(numel))
     else:
         assert len(starts) == 8
-        gaps = {b - a for a, b in zip(starts[:-1], starts[1:], strict=True)}
+        gaps = {b - a for a, b in pairwise(starts)}
         assert max(gaps) - min(gaps) <= 1
 
 

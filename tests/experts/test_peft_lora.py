@@ -23,7 +23,7 @@ from mergeready.errors import (
     UnsupportedError,
 )
 from mergeready.experts import LiveExpert, LowRank, dense, open_expert
-from tests.models import TinyConvNet, perturb, tiny_bert, tiny_gpt2, token_batch
+from tests.models import TinyConvNet, perturb, tiny_bert, tiny_gpt2, tiny_llama, token_batch
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -291,7 +291,7 @@ def test_tied_embeddings_changed_twice_are_refused(tmp_path: Path) -> None:
     config = LoraConfig(r=4, target_modules=["wte", "lm_head"])
     model = perturb(get_peft_model(copy.deepcopy(base), config), 1, 0.1)
     model.save_pretrained(tmp_path, save_embedding_layers=False)
-    with pytest.raises(UnsupportedError, match="ties them"):
+    with pytest.raises(UnsupportedError, match="ties its embeddings"):
         open_expert(tmp_path, base)
 
 
@@ -300,3 +300,57 @@ def test_pickled_adapter_is_not_read(tmp_path: Path) -> None:
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(FormatError, match="pickle"):
         open_expert(folder, base)
+
+
+@pytest.mark.parametrize("target", ["wte", "lm_head"])
+def test_tied_embeddings_changed_in_one_place_are_refused(target: str, tmp_path: Path) -> None:
+    """PEFT adapts the one module; the merged weight would change the other as well."""
+    base = tiny_gpt2()
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(r=4, target_modules=[target]))
+    perturb(model, 1, 0.1).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    for form in (base, base.state_dict()):
+        with pytest.raises(UnsupportedError, match=f"through .*{target}.*ties its embeddings"):
+            open_expert(tmp_path / "adapter", form)
+    with pytest.raises(
+        (UnsupportedError, MismatchError), match=r"ties its|lm_head\.weight is not in the base"
+    ):
+        open_expert(tmp_path / "adapter", tmp_path / "base")
+    with pytest.raises(UnsupportedError, match="ties its embeddings"):
+        LiveExpert(model, None)
+
+
+def test_trained_token_rows_of_tied_embeddings_act_in_both_places(tmp_path: Path) -> None:
+    base = tiny_gpt2()
+    config = LoraConfig(r=4, target_modules=["c_attn"], trainable_token_indices={"wte": [3, 7]})
+    model = perturb(get_peft_model(copy.deepcopy(base), config), 1, 0.1).eval()
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    vector = open_expert(tmp_path, base).vector
+    assert vector["transformer.wte.weight"].rank() == 2
+    torch.testing.assert_close(logits(apply(base, vector)), logits(model), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("make", "target"), [(tiny_bert, "word_embeddings"), (tiny_llama, "embed_tokens")])
+def test_embeddings_of_a_base_that_ties_nothing_are_no_problem(
+    make: Callable[[], nn.Module], target: str, tmp_path: Path
+) -> None:
+    base = make()
+    base.save_pretrained(tmp_path / "base")
+    model = perturb(get_peft_model(copy.deepcopy(base), LoraConfig(r=4, target_modules=[target])), 1, 0.1)
+    model.eval().save_pretrained(tmp_path / "adapter")
+    for form in (base, tmp_path / "base"):
+        vector = open_expert(tmp_path / "adapter", form).vector
+        torch.testing.assert_close(logits(apply(base, vector)), logits(model), rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_that_the_base_lacks_stays_out_unless_strict(tmp_path: Path) -> None:
+    variant = next(v for v in VARIANTS if v.name == "modules_to_save")
+    base, model = trained(variant)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(
+        MismatchError, match=r"lacks: classifier\.(bias, classifier\.weight|weight, classifier\.bias)"
+    ):
+        open_expert(tmp_path, base.bert)
+    expert = open_expert(tmp_path, base.bert, strict=False)
+    assert set(expert.extra) == {"classifier.weight", "classifier.bias"}
+    assert len(expert.vector) == 4

@@ -13,9 +13,10 @@ from tests.models import TinyConvNet, tiny_bert, tiny_gpt2, tiny_llama
     ("name", "plain"),
     [
         ("encoder.weight", "encoder.weight"),
-        ("module.encoder.weight", "encoder.weight"),
-        ("module.module.encoder.weight", "encoder.weight"),
-        ("_orig_mod.module.encoder.weight", "encoder.weight"),
+        (
+            "module.encoder.weight",
+            "module.encoder.weight",
+        ),  # a user's own attribute: DDP is looked through instead
         ("encoder._orig_mod.weight", "encoder.weight"),
         ("encoder._checkpoint_wrapped_module.layer._fsdp_wrapped_module.weight", "encoder.layer.weight"),
         ("encoder.module.weight", "encoder.module.weight"),  # a user's own attribute

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib.image import imread
+
+from mergeready.metrics.compare import compare
+from mergeready.metrics.heatmap import draw_heatmaps, short_labels
+from tests.metrics.chunks import base_of, task_vectors
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_a_picture_is_drawn(tmp_path: Path, zero: bool) -> None:
+    found = [{"x": torch.randn(50)}, {"x": torch.zeros(50) if zero else torch.randn(50)}]
+    draw_heatmaps(compare(task_vectors(found), base_of(found[0])), tmp_path / "picture.png")
+    picture = imread(tmp_path / "picture.png")
+    assert picture.shape[0] > 100
+    assert picture.shape[1] > 2 * picture.shape[0]  # three panels side by side
+    assert len({tuple(pixel) for pixel in picture.reshape(-1, picture.shape[2])[::97].tolist()}) > 3
+
+
+@pytest.mark.parametrize(
+    ("labels", "short"),
+    [
+        (["experts/law", "experts/code/"], ["law", "code"]),
+        (["org/law", "other/law"], ["org/law", "other/law"]),
+        (["law", "code"], ["law", "code"]),
+    ],
+)
+def test_labels_are_short_as_long_as_they_differ(labels: list[str], short: list[str]) -> None:
+    assert short_labels(labels) == short
