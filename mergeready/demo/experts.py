@@ -41,13 +41,15 @@ class PreparedTask:
         task: The task.
         head: Label embeddings from the base, shape (classes, hidden).
         train: Columns ``input_ids`` and ``labels``.
-        validation: Accuracy on the validation split; probes and scale tuning use it.
+        probe: Accuracy on the first part of the validation split, for probes.
+        validation: Accuracy on the validation split, for the final scales.
         test: Accuracy on the test split; only the final table uses it.
     """
 
     task: DemoTask
     head: Tensor
     train: Dataset
+    probe: Accuracy
     validation: Accuracy
     test: Accuracy
 
@@ -84,7 +86,9 @@ def prepare(tasks: Sequence[DemoTask], base: Path, settings: DemoSettings) -> li
         head = embed_labels(model, tokenizer, task.label_texts)
         train = Dataset.from_dict({"input_ids": ids["train"], "labels": list(splits["train"].labels)})
         scores = {name: Accuracy(ids[name], splits[name].labels, head) for name in ("validation", "test")}
-        prepared.append(PreparedTask(task, head, train, scores["validation"], scores["test"]))
+        part = splits["validation"].head(settings.probe_examples)
+        probe = Accuracy(ids["validation"][: len(part)], part.labels, head)
+        prepared.append(PreparedTask(task, head, train, probe, scores["validation"], scores["test"]))
     return prepared
 
 
@@ -112,10 +116,11 @@ def train_expert(
     model.set_head(prepared.head)
     options: dict[str, Any] = {
         "base": base,
-        "peers": [Peer(path, evaluate=other.validation, name=other.task.name) for other, path in peers],
+        "peers": [Peer(path, evaluate=other.probe, name=other.task.name) for other, path in peers],
         "probe": Probe(
             merge=settings.methods,
-            evaluate=prepared.validation,
+            evaluate=prepared.probe,
+            max_evaluations=5,
             schedule=Schedule(every=settings.probe_every, first=settings.probe_first),
         ),
         "measure": Schedule(every=settings.probe_every),
@@ -200,6 +205,7 @@ def _arguments(folder: Path, settings: DemoSettings, steps: int) -> TrainingArgu
         max_steps=steps,
         per_device_train_batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
+        lr_scheduler_type="constant",
         logging_steps=10**9,
         save_strategy="steps",
         save_steps=10**9,

@@ -74,7 +74,7 @@ def _draw_table(axes: Any, results: DemoResults, method: str) -> None:
         axes.annotate(
             f"{heights[-1]:.3f}",
             (len(names) - 1 + offset, heights[-1]),
-            xytext=(0, 8),
+            xytext=(0, 8 if index % 2 == 0 else -15),  # neighbours may be level
             textcoords="offset points",
             ha="center",
             fontsize=8,

@@ -12,23 +12,25 @@ class DemoSettings:
     Attributes:
         steps: Training steps of each expert, and of the joint model for each task.
         batch_size: Examples a step.
-        learning_rate: Peak learning rate of AdamW; it falls linearly to zero, as in Trainer's default.
+        learning_rate: Learning rate of AdamW, constant: a schedule that decays to zero would itself end training.
         probe_first: First step that is probed.
         probe_every: Steps between probes after the geometric start.
         patience: Probes without improvement of the merged metric before a run is stopped.
         examples: Most examples of each split that are used; None for all.
+        probe_examples: Validation examples of each task that probes use; all of them tune the final scales.
         methods: Merge methods that are probed and compared.
         joint: Whether to train one model on all tasks as an upper bound.
         seed: Seed of everything.
     """
 
-    steps: int = 160
-    batch_size: int = 32
+    steps: int = 192
+    batch_size: int = 16
     learning_rate: float = 3e-4
-    probe_first: int = 8
+    probe_first: int = 16
     probe_every: int = 32
     patience: int = 2
     examples: int | None = None
+    probe_examples: int = 160
     methods: tuple[str, ...] = ("task_arithmetic", "ties")
     joint: bool = False
     seed: int = 0

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from mergeready.demo.results import DemoResults
 from mergeready.demo.run import run_demo
 from mergeready.demo.settings import DemoSettings
 from mergeready.errors import FormatError, OutputExistsError
-from mergeready.experts import open_expert
+from mergeready.experts import open_expert, squared_norms
 from mergeready.training.history import read_history
 from tests.demo.tiny import Listening, tiny_base, tiny_task
 
@@ -64,6 +65,11 @@ def check_folder(folder: Path, base: Path, names: list[str], settings: DemoSetti
         history = read_history(folder / name / "mergeready" / "history.jsonl")
         assert history.probes[-1].step == settings.steps
         assert history.start is not None
+        peers = [folder / other / "mergeready" / "picks" for other in names[:index]]
+        steps = [results["pick_steps"][settings.methods[0]][other] for other in names[:index]]
+        for other, place, step in zip(names, peers, steps, strict=False):
+            pick = open_expert(place / f"step-{step:06}", base, strict=False)
+            assert history.start.peers[other] == sum(squared_norms(pick.vector).values()) ** 0.5
         assert set(history.start.peers) == set(names[:index])
         picks = folder / name / "mergeready" / "picks"
         index_of_picks = json.loads((picks / "picks.json").read_text())
@@ -148,3 +154,4 @@ def test_the_command_on_real_weights_and_texts(tmp_path: Path) -> None:
     assert again.stderr.startswith("error: ")
     assert "exists" in again.stderr
     assert again.stderr.count("\n") == 1
+    shutil.rmtree(folder)  # a gigabyte, which pytest would keep

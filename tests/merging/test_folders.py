@@ -309,9 +309,11 @@ def test_leftovers_stay_out_unless_strict(world: World, tmp_path: Path) -> None:
 def test_an_output_that_holds_an_input_is_refused(world: World, tmp_path: Path) -> None:
     world.base.save_pretrained(tmp_path / "models" / "base")
     world.base.save_pretrained(tmp_path / "models" / "expert")
-    for output in (tmp_path / "models", tmp_path / "models" / "base"):
-        with pytest.raises(OptionError, match="is an input of this merge"):
-            merge_folders(
-                tmp_path / "models" / "base", [tmp_path / "models" / "expert"], output, overwrite=True
-            )
+    with pytest.raises(OptionError, match="is an input of this merge"):
+        merge_folders(
+            tmp_path / "models" / "base",
+            [tmp_path / "models" / "expert"],
+            tmp_path / "models",
+            overwrite=True,
+        )
     assert (tmp_path / "models" / "base" / "config.json").is_file()

@@ -66,6 +66,12 @@ class TestARun:
         assert [(record.kind, record.step) for record in monitor.history] == [("start", 0), *wanted]
         assert list(read_history(tmp_path / "history.jsonl")) == list(monitor.history)
 
+    def test_the_last_step_is_measured_and_probed(self, tmp_path: Path) -> None:
+        rarely = Schedule(every=4, geometric=False)
+        monitor, _ = watch(tmp_path, probe=quick_probe(schedule=rarely), measure=rarely)
+        assert [record.step for record in monitor.history.metrics] == [4, 6]
+        assert [record.step for record in monitor.history.probes] == [4, 6]
+
     def test_the_first_record_says_what_is_compared_with_what(self, tmp_path: Path) -> None:
         own, law = Evaluation(0), Evaluation(1)
         peers = [Peer(expert(1), law, "law"), Peer(expert(2), name="code")]
@@ -265,7 +271,7 @@ class TestPicks:
         return json.loads((folder / "picks" / "picks.json").read_text())
 
     def test_picks_open_as_experts_on_the_base(self, tmp_path: Path) -> None:
-        monitor, _ = watch(tmp_path, probe=quick_probe(schedule=ALWAYS), picks=Picks())
+        monitor, _ = watch(tmp_path, probe=quick_probe(), measure=ALWAYS, picks=Picks())
         kept = {step: state_of(expert(0, steps=step)) for step in range(1, 7)}
         index = self.index(tmp_path)
         assert set(index) == {"expert-best", "merge-best"}
@@ -276,6 +282,20 @@ class TestPicks:
             for name, value in kept[pick["step"]].items():
                 assert torch.equal(opened.statistics.read(name), value)
         assert monitor.finish()["picks"] == {label: pick["step"] for label, pick in index.items()}
+
+    def test_a_pick_holds_the_weights_of_its_step_whatever_is_measured_later(self, tmp_path: Path) -> None:
+        model = OneNumber()
+        rarely = Schedule(every=3, geometric=False)
+        probe = Probe(evaluate=near(1.5), schedule=rarely, scales=(1.0,), max_evaluations=1)
+        monitor = Monitor(base=OneNumber(), probe=probe, picks=Picks(), measure=ALWAYS)
+        save = lambda path: (path / "weight.txt").write_text(str(float(model.weight)))  # noqa: E731
+        monitor.start(model, tmp_path, total_steps=9, save=save)
+        for step in range(1, 6):
+            with torch.no_grad():
+                model.weight.fill_(1 + step / 8)
+            monitor.on_step(step)
+        [folder] = [path for path in (tmp_path / "picks").iterdir() if path.is_dir()]
+        assert (folder.name, (folder / "weight.txt").read_text()) == ("step-000003", "1.375")
 
     def test_on_save_removes_what_is_not_picked_any_more(self, tmp_path: Path) -> None:
         monitor = scripted_run(tmp_path, [(0.1, 0.1), (0.2, 0.2), (0.3, 0.3)], Picks())

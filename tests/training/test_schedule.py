@@ -158,6 +158,14 @@ def test_more_time_than_needed_thins_nothing() -> None:
     assert run.pacer.skipped == 0
 
 
+@pytest.mark.parametrize("every", [1, 7, 10])
+def test_time_for_exactly_as_many_thins_nothing(every: int) -> None:
+    scheduled = Schedule(every=every).count_after(0, 100)
+    cost = 0.999 * 0.1 * 100 / scheduled
+    run = Run(pacer(every=every, budget=0.1, total=100, cost=cost), 100, cost=cost)
+    assert (len(run.taken), run.pacer.skipped) == (scheduled, 0)
+
+
 def test_what_cannot_be_afforded_is_left_out_and_counted() -> None:
     run = Run(pacer(every=10, budget=0.01, total=100, cost=5.0), 100, cost=5.0)
     assert run.taken == []

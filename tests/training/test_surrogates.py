@@ -107,6 +107,9 @@ def test_the_seed_and_the_position_decide() -> None:
     assert torch.equal(draw(0, 0), draw(0, 0))
     assert not torch.equal(draw(0, 0), draw(0, 1))
     assert not torch.equal(draw(0, 0), draw(1, 0))
+    for other in ((0, 1), (1, 0)):  # shifted apart as well as signed apart
+        assert not torch.equal(draw(0, 0).abs(), draw(*other).abs())
+        assert not torch.equal(draw(0, 0).sign(), draw(*other).sign())
 
 
 def test_parameters_are_shifted_and_signed_apart() -> None:
