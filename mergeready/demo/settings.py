@@ -23,14 +23,14 @@ class DemoSettings:
         seed: Seed of everything.
     """
 
-    steps: int = 192
+    steps: int = 160
     batch_size: int = 16
     learning_rate: float = 3e-4
-    probe_first: int = 16
-    probe_every: int = 32
-    patience: int = 2
+    probe_first: int = 20
+    probe_every: int = 40
+    patience: int = 3
     examples: int | None = None
-    probe_examples: int = 160
+    probe_examples: int = 120
     methods: tuple[str, ...] = ("task_arithmetic", "ties")
     joint: bool = False
     seed: int = 0
