@@ -26,7 +26,7 @@ class DemoSettings:
     steps: int = 160
     batch_size: int = 16
     learning_rate: float = 3e-4
-    probe_first: int = 20
+    probe_first: int = 40
     probe_every: int = 40
     patience: int = 3
     examples: int | None = None
