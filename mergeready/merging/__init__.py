@@ -4,11 +4,12 @@ from mergeready.merging import average, dare, task_arithmetic, ties  # noqa: F40
 from mergeready.merging.api import merge
 from mergeready.merging.folders import merge_folders
 from mergeready.merging.in_place import MergedInPlace
-from mergeready.merging.method import ElementwiseMethod, MergeMethod, Place
+from mergeready.merging.method import ElementwiseMethod, MatrixMethod, MergeMethod, Place
 from mergeready.merging.registry import make_method, method_class, method_names, register
 
 __all__ = [
     "ElementwiseMethod",
+    "MatrixMethod",
     "MergeMethod",
     "MergedInPlace",
     "Place",

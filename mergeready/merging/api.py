@@ -12,8 +12,9 @@ from mergeready.experts.base import Base
 from mergeready.experts.open import ExpertLike, open_expert
 from mergeready.merging.folders import merge_folders
 from mergeready.merging.memory import merge_state, with_state
-from mergeready.merging.parameter import check_dtype, check_scale, check_weights
-from mergeready.merging.registry import MethodLike, make_method
+from mergeready.merging.parameter import check_dtype
+from mergeready.merging.registry import MethodLike
+from mergeready.merging.settings import MergeSettings
 from mergeready.merging.statistics import Statistics, check_statistics
 
 
@@ -44,6 +45,7 @@ def merge(
     output: str | Path | None = None,
     scale: float = 1.0,
     weights: Sequence[float] | None = None,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
     dtype: torch.dtype | None = None,
     statistics: Statistics = "base",
     strict: bool = True,
@@ -59,6 +61,8 @@ def merge(
         output: The folder to write; needed if and only if the base is a folder or hub id.
         scale: Factor on the merged delta: ``merged = base + scale · method(deltas)``.
         weights: One factor an expert; 1 each by default.
+        overrides: What differs for groups of parameters: a regular expression on parameter names to ``method``,
+            ``scale``, ``weights`` or method parameters, as in ``{"embed": {"scale": 0.3}}``. The first match counts.
         dtype: Floating dtype of the result; the base's own by default. Not for modules.
         statistics: Where running statistics come from: ``base`` or ``average``.
         strict: Refuse experts whose parameter names differ from the base's; see ``open_expert``.
@@ -88,6 +92,7 @@ def merge(
             method,
             scale=scale,
             weights=weights,
+            overrides=overrides,
             dtype=dtype,
             statistics=statistics,
             strict=strict,
@@ -98,17 +103,17 @@ def merge(
         raise OptionError("`output` belongs to merges of folders; this one returns its result.")
     if isinstance(base, nn.Module) and dtype is not None:
         raise OptionError("`dtype` cannot be chosen for a module; convert the base first.")
-    chosen = make_method(method, **parameters)
+    if not experts:
+        raise OptionError("`experts` is empty: there is nothing to merge.")
+    settings = MergeSettings.make(
+        method, len(experts), scale=scale, weights=weights, overrides=overrides, **parameters
+    )
     opened_base = Base.open(base)
     opened = [open_expert(expert, opened_base, strict=strict) for expert in experts]
-    if not opened:
-        raise OptionError("`experts` is empty: there is nothing to merge.")
     state = merge_state(
         opened_base,
         opened,
-        chosen,
-        scale=check_scale(scale),
-        weights=check_weights(weights, len(opened)),
+        settings,
         dtype=check_dtype(dtype),
         statistics=check_statistics(statistics),
     )

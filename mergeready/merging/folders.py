@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +11,15 @@ from mergeready.errors import OptionError
 from mergeready.experts.base import Base
 from mergeready.experts.open import Expert, ExpertLike, open_expert
 from mergeready.experts.record import write_record
-from mergeready.merging.method import MergeMethod
 from mergeready.merging.parameter import (
     add_delta,
     check_dtype,
-    check_scale,
-    check_weights,
     merged_chunks,
     raise_if_broken,
     require_finite_chunk,
 )
-from mergeready.merging.registry import MethodLike, make_method
+from mergeready.merging.registry import MethodLike
+from mergeready.merging.settings import MergeSettings
 from mergeready.merging.statistics import Statistics, check_statistics, merged_statistic
 from mergeready.weights.open import WeightsLike
 from mergeready.weights.source import TensorInfo, chunk_ranges, is_mergeable
@@ -38,6 +36,7 @@ def merge_folders(
     weights: Sequence[float] | None = None,
     dtype: torch.dtype | None = None,
     statistics: Statistics = "base",
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
     strict: bool = True,
     overwrite: bool = False,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
@@ -56,6 +55,7 @@ def merge_folders(
         weights: One factor an expert; 1 each by default.
         dtype: Floating dtype of merged parameters; the base's own by default.
         statistics: Where running statistics come from: ``base``, or the ``average`` over full experts.
+        overrides: What differs for groups of parameters; see ``MergeSettings.make``.
         strict: See ``open_expert``.
         overwrite: Replace ``output`` if it exists.
         shard_bytes: Upper size of one file in bytes.
@@ -68,21 +68,21 @@ def merge_folders(
         MergeReadyError: One of the kinds that ``open_expert`` lists; ``OutputExistsError``; ``OptionError``;
             ``NonFiniteError`` if the result would hold NaN or infinite values. Nothing is left behind then.
     """
-    chosen = make_method(method, **parameters)
+    if not experts:
+        raise OptionError("`experts` is empty: there is nothing to merge.")
+    settings = MergeSettings.make(
+        method, len(experts), scale=scale, weights=weights, overrides=overrides, **parameters
+    )
     base = Base.open(base)
     opened = [open_expert(expert, base, strict=strict) for expert in experts]
-    if not opened:
-        raise OptionError("`experts` is empty: there is nothing to merge.")
     _require_apart(Path(output), [base.folder, *(expert.folder for expert in opened)])
-    factors, scale = check_weights(weights, len(opened)), check_scale(scale)
     check_dtype(dtype)
     check_statistics(statistics)
     infos = {name: _output_info(name, info, dtype) for name, info in base.source.infos.items()}
     writer = FolderWriter(output, infos, shard_bytes=shard_bytes, companions=base.folder, overwrite=overwrite)
     with writer:
-        _write_all(writer, base, opened, chosen, factors, scale, statistics)
-        recipe = chosen.describe() | {"scale": scale, "weights": factors, "experts": len(opened)}
-        write_record(writer.folder, base.identity, merge=recipe)
+        _write_all(writer, base, opened, settings, statistics)
+        write_record(writer.folder, base.identity, merge=settings.describe() | {"experts": len(opened)})
         if dtype is not None:
             _set_config_dtype(writer.folder / "config.json", dtype)
     return Path(output)
@@ -101,9 +101,7 @@ def _write_all(
     writer: FolderWriter,
     base: Base,
     experts: Sequence[Expert],
-    method: MergeMethod,
-    weights: Sequence[float],
-    scale: float,
+    settings: MergeSettings,
     statistics: Statistics,
 ) -> None:
     vectors = [expert.vector for expert in experts]
@@ -113,9 +111,10 @@ def _write_all(
             writer.write(name, merged_statistic(name, base.source, experts, statistics))
             continue
         written = False
-        for start, stop, delta in merged_chunks(method, name, info, vectors, weights):
+        setting = settings.at(name)
+        for start, stop, delta in merged_chunks(setting.method, name, info, vectors, setting.weights):
             original = base.source.read_flat(name, start, stop)
-            merged = add_delta(original, delta, scale, writer.infos[name].dtype)
+            merged = add_delta(original, delta, setting.scale, writer.infos[name].dtype)
             require_finite_chunk(merged, name, broken)
             writer.write(name, merged, start)
             written = True

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
@@ -15,13 +15,12 @@ from mergeready.experts.open import ExpertLike, open_expert
 from mergeready.experts.task_vector import TaskVector
 from mergeready.merging.parameter import (
     add_delta,
-    check_scale,
-    check_weights,
     merged_delta,
     raise_if_broken,
     require_finite_chunk,
 )
-from mergeready.merging.registry import MethodLike, make_method
+from mergeready.merging.registry import MethodLike
+from mergeready.merging.settings import MergeSettings
 from mergeready.weights.guard import untouched
 from mergeready.weights.open import WeightsLike
 
@@ -40,6 +39,7 @@ class MergedInPlace:
         method: A merge method's name, or a method with its parameters.
         scale: Factor on the merged delta.
         weights: One factor an expert, the model's own first; 1 each by default.
+        overrides: What differs for groups of parameters; see ``MergeSettings.make``.
         include_model: Whether the model's own task vector takes part. Without it and without experts, the block
             sees the base.
         **parameters: The method's parameters.
@@ -67,15 +67,16 @@ class MergedInPlace:
         *,
         scale: float = 1.0,
         weights: Sequence[float] | None = None,
+        overrides: Mapping[str, Mapping[str, Any]] | None = None,
         include_model: bool = True,
         **parameters: Any,
     ) -> None:
         self.live = model if isinstance(model, LiveExpert) else LiveExpert(model, base)
-        self.method = make_method(method, **parameters)
         opened = [open_expert(expert, self.live.base, strict=False).vector for expert in experts]
         self.vectors: list[TaskVector] = [self.live.vector, *opened] if include_model else opened
-        self.weights = check_weights(weights, len(self.vectors))
-        self._scale = check_scale(scale)
+        self._settings = MergeSettings.make(
+            method, len(self.vectors), scale=scale, weights=weights, overrides=overrides, **parameters
+        )
         self._deltas: dict[str, Tensor] = {}
         self._stack = ExitStack()
         names = [*self.live.vector, *(name for vector in opened for name in vector)]
@@ -108,7 +109,7 @@ class MergedInPlace:
         """
         if not self._deltas and self._names:
             raise OptionError("the scale can only be set inside the `with` block.")
-        self._scale = check_scale(scale)
+        self._settings = self._settings.with_scale(scale)
         self._write()
 
     def _merge(self) -> dict[str, Tensor]:
@@ -116,7 +117,8 @@ class MergedInPlace:
         broken: list[str] = []
         infos = self.live.base.source.infos
         for name in self._names:
-            delta = merged_delta(self.method, name, infos[name], self.vectors, self.weights)
+            setting = self._settings.at(name)
+            delta = merged_delta(setting.method, name, infos[name], self.vectors, setting.weights)
             if delta is None:
                 delta = torch.zeros(infos[name].shape)
             require_finite_chunk(delta, name, broken)
@@ -130,4 +132,4 @@ class MergedInPlace:
             target = self.live.targets[name]
             # With a live base the target *is* the base until it is overwritten; what was kept still is.
             base = self._kept[name] if self.live.base_is_live else self.live.base.source.read(name)
-            target.copy_(add_delta(base, delta, self._scale, target.dtype))
+            target.copy_(add_delta(base, delta, self._settings.at(name).scale, target.dtype))

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from mergeready.experts.base import Base
 from mergeready.experts.open import Expert
-from mergeready.merging.method import MergeMethod
 from mergeready.merging.parameter import add_delta, merged_delta, raise_if_broken, require_finite_chunk
+from mergeready.merging.settings import MergeSettings
 from mergeready.merging.statistics import Statistics, merged_statistic
 from mergeready.weights.module import module_parameters, plain_name, unwrap
 from mergeready.weights.source import is_mergeable
@@ -18,10 +18,8 @@ from mergeready.weights.source import is_mergeable
 def merge_state(
     base: Base,
     experts: Sequence[Expert],
-    method: MergeMethod,
+    settings: MergeSettings,
     *,
-    scale: float,
-    weights: Sequence[float],
     dtype: torch.dtype | None,
     statistics: Statistics,
 ) -> dict[str, Tensor]:
@@ -38,9 +36,13 @@ def merge_state(
         if not is_mergeable(name, info):
             state[name] = merged_statistic(name, base.source, experts, statistics).clone()
             continue
-        delta = merged_delta(method, name, info, vectors, weights)
+        setting = settings.at(name)
+        delta = merged_delta(setting.method, name, info, vectors, setting.weights)
         out = dtype or info.dtype
-        state[name] = original.to(out, copy=True) if delta is None else add_delta(original, delta, scale, out)
+        if delta is None:
+            state[name] = original.to(out, copy=True)
+        else:
+            state[name] = add_delta(original, delta, setting.scale, out)
         require_finite_chunk(state[name], name, broken)
     raise_if_broken(broken, vectors)
     for alias, name in base.source.aliases.items():

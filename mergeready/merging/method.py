@@ -1,22 +1,28 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from mergeready.experts.delta import Delta
 from mergeready.experts.task_vector import TaskVector
+from mergeready.weights.source import TensorInfo
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Which elements of which parameter a chunk holds: ``start`` to ``stop`` in row-major order."""
+    """Which elements of which parameter a chunk holds: ``start`` to ``stop`` in row-major order.
+
+    ``joint`` is what :meth:`ElementwiseMethod.prepare_jointly` found about the whole parameter.
+    """
 
     name: str
     start: int
     stop: int
+    joint: Any = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +60,23 @@ class ElementwiseMethod(MergeMethod):
         """
         return None
 
+    def prepare_jointly(
+        self,
+        read: Callable[[int, int], list[Tensor]],
+        info: TensorInfo,
+        weights: Sequence[float],
+        prepared: Sequence[Any],
+    ) -> Any:
+        """What ``combine`` needs to know about all experts' whole deltas together, such as their angles.
+
+        Args:
+            read: Gives elements ``start`` to ``stop`` of every expert's delta, fp32, zeros where it has none.
+            info: The parameter's shape; cover it with ``chunk_ranges(info)``.
+            weights: One factor an expert.
+            prepared: What ``prepare`` returned for each expert.
+        """
+        return None
+
     @abstractmethod
     def combine(
         self, deltas: Sequence[Tensor], weights: Sequence[float], prepared: Sequence[Any], place: Place
@@ -68,6 +91,35 @@ class ElementwiseMethod(MergeMethod):
 
         Returns:
             The merged delta of the chunk, fp32, same length.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixMethod(MergeMethod):
+    """A method that looks at a parameter as a whole matrix, such as one that works on singular vectors.
+
+    A parameter is seen as ``(rows, columns)``: its first dimension by all others together. Parameters of fewer than
+    two dimensions go to ``rest``.
+
+    Attributes:
+        rest: Name of the elementwise method, with its defaults, for parameters that are no matrices.
+    """
+
+    rest: str = "task_arithmetic"
+
+    @abstractmethod
+    def combine_matrices(
+        self, deltas: Sequence[Delta | None], weights: Sequence[float], place: Place
+    ) -> Tensor:
+        """Merge one parameter.
+
+        Args:
+            deltas: One delta an expert in its most compact exact form, None where it has none; at least one is there.
+            weights: One factor an expert.
+            place: The whole parameter.
+
+        Returns:
+            The merged delta, fp32, of shape (rows, columns) or the parameter's own.
         """
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mergeready.errors import NonFiniteError, OptionError, listing
 from mergeready.experts.task_vector import TaskVector
-from mergeready.merging.method import ElementwiseMethod, MergeMethod, Place
+from mergeready.merging.method import ElementwiseMethod, MatrixMethod, MergeMethod, Place
+from mergeready.merging.registry import make_method
 from mergeready.weights.source import TensorInfo, chunk_ranges
 
 
@@ -24,15 +25,30 @@ def merged_chunks(
     """
     if not info.numel or not any(name in vector for vector in vectors):
         return
+    if isinstance(method, MatrixMethod):
+        if len(info.shape) > 1:
+            yield from _merged_matrix(method, name, info, vectors, weights)
+            return
+        method = make_method(method.rest)
     if not isinstance(method, ElementwiseMethod):
         raise OptionError(f"{method.name} is of an unknown kind.")
     prepared = [
         _prepared(method, vector, name, slot) if name in vector else None
         for slot, vector in enumerate(vectors)
     ]
+    joint = method.prepare_jointly(lambda a, b: _read(vectors, name, a, b), info, weights, prepared)
     for start, stop in chunk_ranges(info):
         deltas = _read(vectors, name, start, stop)
-        yield start, stop, method.combine(deltas, weights, prepared, Place(name, start, stop))
+        yield start, stop, method.combine(deltas, weights, prepared, Place(name, start, stop, joint))
+
+
+def _merged_matrix(
+    method: MatrixMethod, name: str, info: TensorInfo, vectors: Sequence[TaskVector], weights: Sequence[float]
+) -> Iterator[tuple[int, int, Tensor]]:
+    deltas = [vector.get(name) for vector in vectors]
+    flat = method.combine_matrices(deltas, weights, Place(name, 0, info.numel)).reshape(-1)
+    for start, stop in chunk_ranges(info):
+        yield start, stop, flat[start:stop]
 
 
 def _prepared(method: ElementwiseMethod, vector: TaskVector, name: str, slot: int) -> Any:

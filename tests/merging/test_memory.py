@@ -6,8 +6,8 @@ from torch import nn
 
 from mergeready.errors import NonFiniteError
 from mergeready.experts import Base, open_expert
-from mergeready.merging import make_method
 from mergeready.merging.memory import merge_state, with_state
+from mergeready.merging.settings import MergeSettings
 from tests.merging.worlds import Tensors, equal, state
 from tests.models import TinyConvNet, perturb, tiny_bert, tiny_gpt2
 
@@ -15,8 +15,9 @@ from tests.models import TinyConvNet, perturb, tiny_bert, tiny_gpt2
 def merged(base: Tensors | nn.Module, *experts: Tensors | nn.Module, **changes: object) -> Tensors:
     opened = Base.open(base)
     found = [open_expert(expert, opened) for expert in experts]
-    options = {"scale": 1.0, "weights": [1.0] * len(found), "dtype": None, "statistics": "base"} | changes
-    return merge_state(opened, found, make_method("task_arithmetic"), **options)
+    options = {"dtype": None, "statistics": "base"} | changes
+    settings = MergeSettings.make("task_arithmetic", len(found), scale=options.pop("scale", 1.0))
+    return merge_state(opened, found, settings, **options)
 
 
 def test_one_expert_at_scale_one_is_that_expert_up_to_rounding() -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mergeready.errors import NonFiniteError, OptionError
 from mergeready.experts import TaskVector
-from mergeready.merging import ElementwiseMethod, MergeMethod, Place, make_method
+from mergeready.experts.delta import Delta, dense
+from mergeready.merging import ElementwiseMethod, MatrixMethod, MergeMethod, Place, make_method
 from mergeready.merging.parameter import (
     add_delta,
     check_dtype,
@@ -24,7 +25,7 @@ from mergeready.merging.parameter import (
     raise_if_broken,
     require_finite_chunk,
 )
-from mergeready.weights.source import CHUNK_ELEMENTS, TensorInfo
+from mergeready.weights.source import CHUNK_ELEMENTS, TensorInfo, chunk_ranges
 from tests.merging.formulas import NAME, vectors
 
 
@@ -44,6 +45,34 @@ class Counted(ElementwiseMethod):
     ) -> Tensor:
         assert [p for p in prepared if p is not None] == [i for i, p in enumerate(prepared) if p is not None]
         return sum(delta * weight for delta, weight in zip(deltas, weights, strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transposed(MatrixMethod):
+    """Needs the whole matrix: each sum is transposed."""
+
+    name: ClassVar[str] = "transposed"
+
+    def combine_matrices(
+        self, deltas: Sequence[Delta | None], weights: Sequence[float], place: Place
+    ) -> Tensor:
+        assert (place.start, place.stop) == (0, math.prod(next(d.shape for d in deltas if d is not None)))
+        return sum(w * dense(d) for d, w in zip(deltas, weights, strict=True) if d is not None).T.contiguous()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Centred(ElementwiseMethod):
+    """Needs one number about all experts: the mean of their sum is taken off."""
+
+    name: ClassVar[str] = "centred"
+
+    def prepare_jointly(self, read: Any, info: TensorInfo, weights: Sequence[float], prepared: Any) -> float:
+        return sum(float(sum(read(a, b)).sum()) for a, b in chunk_ranges(info)) / info.numel
+
+    def combine(
+        self, deltas: Sequence[Tensor], weights: Sequence[float], prepared: Sequence[Any], place: Place
+    ) -> Tensor:
+        return sum(deltas) - place.joint
 
 
 def info(*shape: int) -> TensorInfo:
@@ -197,3 +226,21 @@ def test_no_method_loses_sight_of_nan(name: str, where: str) -> None:
                 continue
             result = merged_delta(make_method(name, **density), NAME, info(100), made, factors)
             assert not bool(torch.isfinite(result).all())
+
+
+def test_a_matrix_method_sees_whole_deltas_and_leaves_vectors_to_another() -> None:
+    delta = torch.arange(6.0).reshape(2, 3)
+    merged = merged_delta(Transposed(), NAME, info(2, 3), vectors([delta, None]), [2.0, 1.0])
+    assert torch.equal(merged, (2 * delta).T.reshape(2, 3))
+    flat = merged_delta(Transposed(), NAME, info(3), vectors([torch.ones(3)] * 2), [2.0, 1.0])
+    assert torch.equal(flat, 3 * torch.ones(3))
+    averaged = merged_delta(
+        Transposed(rest="average"), NAME, info(3), vectors([torch.ones(3)] * 2), [2.0, 1.0]
+    )
+    assert torch.equal(averaged, torch.ones(3))
+
+
+def test_a_joint_statistic_covers_all_pieces() -> None:
+    delta = torch.arange(2.0 * CHUNK_ELEMENTS)
+    merged = merged_delta(Centred(), NAME, info(len(delta)), vectors([delta, None, -delta / 2]), [1.0] * 3)
+    torch.testing.assert_close(merged, delta / 2 - (delta / 2).mean())
