@@ -31,7 +31,10 @@ def draw_curve(axes: Any, history: History, method: str, *, task: str = OWN, pic
     ]
     surrogate = any(probe.surrogate for probe in probes)
     _line(axes, steps, expert, EXPERT_COLOR, "expert")
-    _line(axes, steps, merged, MERGED_COLOR, "merged with surrogates" if surrogate else "merged")
+    if surrogate:
+        _line(axes, steps, merged, MERGED_COLOR, "merged with surrogates", style="--o")
+    else:
+        _line(axes, steps, merged, MERGED_COLOR, "merged")
     if probes:
         axes.axhline(results[-1].base, color=MARK_COLOR, linewidth=1, linestyle=":", label="base")
     stops = [decision.step for decision in history.decisions]
@@ -46,7 +49,9 @@ def draw_curve(axes: Any, history: History, method: str, *, task: str = OWN, pic
         axes.spines[side].set_visible(False)
 
 
-def _line(axes: Any, steps: list[int], values: list[Estimate], color: str, label: str) -> None:
-    axes.plot(steps, [v.value for v in values], "-o", color=color, markersize=3.5, linewidth=1.6, label=label)
+def _line(
+    axes: Any, steps: list[int], values: list[Estimate], color: str, label: str, style: str = "-o"
+) -> None:
+    axes.plot(steps, [v.value for v in values], style, color=color, markersize=3.5, linewidth=1.6, label=label)
     if values and all(v.low is not None and v.high is not None for v in values):
         axes.fill_between(steps, [v.low for v in values], [v.high for v in values], color=color, alpha=0.13)
