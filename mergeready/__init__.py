@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mergeready.errors import MergeReadyError
     from mergeready.experts import Base, BaseIdentity, Expert, TaskVector, open_expert
     from mergeready.merging import MergedInPlace, merge, merge_folders
+    from mergeready.merging.tune import TunedScale, tune_scale
     from mergeready.metrics.compare import Comparison, compare
     from mergeready.metrics.inspection import Inspection, inspect
     from mergeready.training.history import History, read_history
@@ -30,6 +31,7 @@ _PLACES = {
     "mergeready.errors": ["MergeReadyError"],
     "mergeready.experts": ["Base", "BaseIdentity", "Expert", "TaskVector", "open_expert"],
     "mergeready.merging": ["MergedInPlace", "merge", "merge_folders"],
+    "mergeready.merging.tune": ["TunedScale", "tune_scale"],
     "mergeready.metrics.compare": ["Comparison", "compare"],
     "mergeready.metrics.inspection": ["Inspection", "inspect"],
     "mergeready.training.history": ["History", "read_history"],
@@ -72,12 +74,14 @@ __all__ = [
     "Schedule",
     "Surrogates",
     "TaskVector",
+    "TunedScale",
     "compare",
     "inspect",
     "merge",
     "merge_folders",
     "open_expert",
     "read_history",
+    "tune_scale",
 ]
 
 

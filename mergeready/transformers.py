@@ -14,7 +14,7 @@ from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, Train
 from mergeready.errors import OptionError, UnsupportedError
 from mergeready.experts.base import Base
 from mergeready.experts.open import ExpertLike
-from mergeready.training.evaluation import Evaluate, Values
+from mergeready.merging.evaluation import Evaluate, Values
 from mergeready.training.history import History
 from mergeready.training.monitor import DEFAULT_MEASURE, Monitor, Outcome
 from mergeready.training.peers import Peer

@@ -10,10 +10,10 @@ import numpy as np
 
 from mergeready.demo.encoder import ZeroShotClassifier, load_classifier
 from mergeready.demo.experts import PreparedTask, TrainedExpert
+from mergeready.merging.evaluation import Score, run_evaluation
 from mergeready.merging.in_place import MergedInPlace
 from mergeready.merging.scale_search import ScaleSearch, search_scale
 from mergeready.training.bootstrap import difference, estimate
-from mergeready.training.evaluation import Score, run_evaluation
 from mergeready.training.records import Estimate
 
 _SCALES = (0.2, 0.35, 0.6, 1.0)

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +12,16 @@ from torch import Tensor, nn
 from mergeready.errors import OptionError
 from mergeready.experts.base import Base
 from mergeready.experts.open import ExpertLike, open_expert
+from mergeready.merging.evaluation import Evaluate
 from mergeready.merging.folders import merge_folders
 from mergeready.merging.memory import merge_state, with_state
 from mergeready.merging.parameter import check_dtype
 from mergeready.merging.registry import MethodLike
 from mergeready.merging.settings import MergeSettings
 from mergeready.merging.statistics import Statistics, check_statistics
+from mergeready.merging.tune import tune_scale
+
+logger = logging.getLogger("mergeready")
 
 
 @overload
@@ -43,13 +49,16 @@ def merge(
     method: MethodLike = "task_arithmetic",
     *,
     output: str | Path | None = None,
-    scale: float = 1.0,
+    scale: float | Literal["tune"] = 1.0,
     weights: Sequence[float] | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     dtype: torch.dtype | None = None,
     statistics: Statistics = "base",
     strict: bool = True,
     overwrite: bool = False,
+    evaluate: Evaluate | Mapping[str, Evaluate] | None = None,
+    metric: str | None = None,
+    model: nn.Module | None = None,
     **parameters: Any,
 ) -> Path | dict[str, Tensor] | nn.Module:
     """Merge experts of one base, and return what the base was given as.
@@ -59,7 +68,9 @@ def merge(
         experts: Experts of any kind, mixed as you like: folders, hub ids, adapters, state dicts, modules.
         method: A merge method's name, or a method with its parameters.
         output: The folder to write; needed if and only if the base is a folder or hub id.
-        scale: Factor on the merged delta: ``merged = base + scale · method(deltas)``.
+        scale: Factor on the merged delta: ``merged = base + scale · method(deltas)``. ``"tune"`` finds the best one
+            with ``evaluate``, as :func:`tune_scale` does (call that to see what was tried), and warns where the
+            optimum may lie beyond what was tried.
         weights: One factor an expert; 1 each by default.
         overrides: What differs for groups of parameters: a regular expression on parameter names to ``method``,
             ``scale``, ``weights`` or method parameters, as in ``{"embed": {"scale": 0.3}}``. The first match counts.
@@ -67,6 +78,9 @@ def merge(
         statistics: Where running statistics come from: ``base`` or ``average``.
         strict: Refuse experts whose parameter names differ from the base's; see ``open_expert``.
         overwrite: Replace ``output`` if it exists.
+        evaluate: For ``scale="tune"``: an evaluation on validation data, or one a task.
+        metric: For ``scale="tune"``: which of the returned metrics, where there are several.
+        model: For ``scale="tune"``: a model of the base's architecture to evaluate in, if the base is not one itself.
         **parameters: The method's parameters, such as ``density=0.2``.
 
     Returns:
@@ -82,6 +96,12 @@ def merge(
         tensor([[0.5000, 0.5000],
                 [0.5000, 0.5000]])
     """
+    if scale == "tune":
+        scale = _tuned_scale(
+            base, experts, method, evaluate, metric, model, weights=weights, overrides=overrides, **parameters
+        )
+    elif evaluate is not None or metric is not None or model is not None:
+        raise OptionError('`evaluate`, `metric` and `model` belong to `scale="tune"`.')
     if isinstance(base, str | Path):
         if output is None:
             raise OptionError("`output` is needed to merge folders: name the folder to write.")
@@ -118,3 +138,32 @@ def merge(
         statistics=check_statistics(statistics),
     )
     return with_state(base, state) if isinstance(base, nn.Module) else state
+
+
+def _tuned_scale(
+    base: str | Path | Mapping[str, Tensor] | nn.Module,
+    experts: Sequence[ExpertLike],
+    method: MethodLike,
+    evaluate: Evaluate | Mapping[str, Evaluate] | None,
+    metric: str | None,
+    model: nn.Module | None,
+    **options: Any,
+) -> float:
+    if evaluate is None:
+        raise OptionError('`scale="tune"` needs `evaluate`: a function from a model to metrics by name.')
+    if model is None:
+        if not isinstance(base, nn.Module):
+            raise OptionError(
+                '`scale="tune"` needs `model`: a model of the base\'s architecture to evaluate in.'
+            )
+        model = copy.deepcopy(base)
+    tuned = tune_scale(model, base, experts, evaluate, method, metric=metric, **options)
+    if not tuned.inside:
+        tried = ", ".join(f"{scale:g}" for scale in tuned.tried if scale)
+        logger.warning(
+            "the best scale may lie beyond those tried (%s): %s %.4g is a bound",
+            tried,
+            tuned.metric,
+            tuned.value,
+        )
+    return tuned.scale

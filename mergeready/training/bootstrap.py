@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from mergeready.training.evaluation import Score
+from mergeready.merging.evaluation import Score
 from mergeready.training.records import Estimate
 
 RESAMPLES = 1000

@@ -52,6 +52,8 @@ def draw_curve(axes: Any, history: History, method: str, *, task: str = OWN, pic
 def _line(
     axes: Any, steps: list[int], values: list[Estimate], color: str, label: str, style: str = "-o"
 ) -> None:
-    axes.plot(steps, [v.value for v in values], style, color=color, markersize=3.5, linewidth=1.6, label=label)
+    axes.plot(
+        steps, [v.value for v in values], style, color=color, markersize=3.5, linewidth=1.6, label=label
+    )
     if values and all(v.low is not None and v.high is not None for v in values):
         axes.fill_between(steps, [v.low for v in values], [v.high for v in values], color=color, alpha=0.13)

@@ -14,8 +14,8 @@ from mergeready.errors import HistoryError, MergeReadyError, OptionError
 from mergeready.experts.base import Base
 from mergeready.experts.live import LiveExpert
 from mergeready.experts.open import ExpertLike
+from mergeready.merging.evaluation import Evaluate, Score
 from mergeready.training.base_of_run import base_of_run
-from mergeready.training.evaluation import Evaluate, Score
 from mergeready.training.history import History, HistoryFile
 from mergeready.training.measure import measure
 from mergeready.training.peers import OpenPeer, Peer, open_peers, require_reachable

@@ -12,7 +12,7 @@ from mergeready.experts.base import Base
 from mergeready.experts.delta import Delta
 from mergeready.experts.open import ExpertLike, open_expert
 from mergeready.experts.task_vector import TaskVector, squared_norms
-from mergeready.training.evaluation import Evaluate
+from mergeready.merging.evaluation import Evaluate
 
 logger = logging.getLogger("mergeready")
 

@@ -9,12 +9,13 @@ import numpy as np
 from mergeready.errors import OptionError
 from mergeready.experts.live import LiveExpert
 from mergeready.experts.task_vector import TaskVector
+from mergeready.merging.evaluation import Evaluate, Score, is_greater_better, run_evaluation
 from mergeready.merging.in_place import MergedInPlace
 from mergeready.merging.method import MergeMethod
 from mergeready.merging.registry import MethodLike, make_method
-from mergeready.merging.scale_search import ScaleSearch, check_scales, search_scale
+from mergeready.merging.scale_search import ScaleSearch, check_scales
+from mergeready.merging.tune import FIRST_SCALES, MAX_EVALUATIONS, search_merged
 from mergeready.training.bootstrap import estimate, retention
-from mergeready.training.evaluation import Evaluate, Score, run_evaluation
 from mergeready.training.history import History
 from mergeready.training.peers import OpenPeer
 from mergeready.training.records import MergeResult, ProbeRecord, TaskResult
@@ -44,12 +45,12 @@ class Probe:
     """
 
     merge: MethodLike | Sequence[MethodLike] = "task_arithmetic"
-    scales: Sequence[float] = (0.3, 0.5, 0.8)
+    scales: Sequence[float] = FIRST_SCALES
     evaluate: Evaluate | None = None
     metric: str | None = None
     greater_is_better: bool | None = None
     schedule: Schedule = field(default_factory=lambda: Schedule(time_budget=0.25))
-    max_evaluations: int = 8
+    max_evaluations: int = MAX_EVALUATIONS
     weights: Sequence[float] | None = None
     surrogates: Surrogates = field(default_factory=Surrogates)
 
@@ -74,9 +75,7 @@ class Probe:
 
     def is_greater_better(self, metric: str) -> bool:
         """Direction of a metric: as given, or by its name."""
-        if self.greater_is_better is not None:
-            return self.greater_is_better
-        return not any(word in metric.lower() for word in ("loss", "perplexity", "error"))
+        return is_greater_better(metric, self.greater_is_better)
 
 
 @dataclass(frozen=True)
@@ -150,26 +149,17 @@ class Prober:
         grid: Sequence[float],
         sign: float,
     ) -> MergeResult:
-        scores: dict[float, dict[str, Score]] = {}
         with MergedInPlace(self.live, None, others, method, weights=self.probe.weights) as merged:
-
-            def mean_at(scale: float) -> float:
-                merged.set_scale(scale)
-                scores[scale] = {
-                    task: run_evaluation(evaluate, self.live.model, self.metric, task)
-                    for task, evaluate in self.tasks.items()
-                }
-                return _mean(score.value for score in scores[scale].values())
-
-            search = search_scale(
-                mean_at,
+            search, scores = search_merged(
+                merged,
+                self.tasks,
+                self.metric,
                 grid,
+                at_base={task: self.references[task]["base"] for task in self.tasks},
                 greater_is_better=sign > 0,
-                base_value=_mean(self.references[task]["base"].value for task in self.tasks),
                 max_evaluations=self.probe.max_evaluations,
             )
-        at_base = {task: self.references[task]["base"] for task in self.tasks}
-        return self._result(search, scores.get(search.best, at_base), expert)
+        return self._result(search, scores, expert)
 
     def _result(self, search: ScaleSearch, scores: Mapping[str, Score], expert: Score) -> MergeResult:
         tasks: dict[str, TaskResult] = {}

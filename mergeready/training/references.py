@@ -3,8 +3,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mergeready.experts.live import LiveExpert
-from mergeready.merging.in_place import MergedInPlace
-from mergeready.training.evaluation import (
+from mergeready.merging.evaluation import (
     Evaluate,
     Score,
     call_evaluation,
@@ -12,6 +11,7 @@ from mergeready.training.evaluation import (
     run_evaluation,
     take_score,
 )
+from mergeready.merging.in_place import MergedInPlace
 from mergeready.training.peers import OpenPeer
 from mergeready.training.probe import OWN, task_evaluations
 

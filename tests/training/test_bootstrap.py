@@ -8,9 +8,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from mergeready.merging.evaluation import Score
 from mergeready.training import bootstrap
 from mergeready.training.bootstrap import RESAMPLES, difference, estimate, retention
-from mergeready.training.evaluation import Score
 from mergeready.training.records import Estimate
 
 Column = NDArray[np.float64]

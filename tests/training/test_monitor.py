@@ -19,8 +19,8 @@ from mergeready.errors import (
     OptionError,
 )
 from mergeready.experts import open_expert
+from mergeready.merging.evaluation import Score
 from mergeready.training import monitor as monitor_module
-from mergeready.training.evaluation import Score
 from mergeready.training.history import History, read_history
 from mergeready.training.monitor import Monitor, Outcome
 from mergeready.training.peers import Peer

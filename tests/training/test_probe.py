@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mergeready.errors import EvaluationError, OptionError
 from mergeready.experts import LiveExpert
 from mergeready.merging import make_method, merge
-from mergeready.training.evaluation import Score
+from mergeready.merging.evaluation import Score
 from mergeready.training.history import History
 from mergeready.training.peers import Peer, open_peers
 from mergeready.training.probe import Probe, Prober

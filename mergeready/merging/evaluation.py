@@ -104,3 +104,14 @@ def take_score(result: Mapping[str, Values], metric: str, task: str) -> Score:
     if not math.isfinite(mean):
         raise EvaluationError(f"the evaluation of {task} returned {mean} as {metric}.")
     return Score(mean, None if values.ndim == 0 else values.reshape(-1))
+
+
+def is_greater_better(metric: str, given: bool | None = None) -> bool:
+    """Direction of a metric: as given, or by its name.
+
+    >>> is_greater_better("accuracy"), is_greater_better("eval_loss"), is_greater_better("loss", True)
+    (True, False, True)
+    """
+    if given is not None:
+        return given
+    return not any(word in metric.lower() for word in ("loss", "perplexity", "error"))

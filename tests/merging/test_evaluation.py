@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mergeready.errors import EvaluationError
-from mergeready.training.evaluation import Score, call_evaluation, choose_metric, run_evaluation, take_score
+from mergeready.merging.evaluation import Score, call_evaluation, choose_metric, run_evaluation, take_score
 
 
 @pytest.mark.parametrize(
