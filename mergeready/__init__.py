@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mergeready.metrics.compare import Comparison, compare
     from mergeready.metrics.inspection import Inspection, inspect
     from mergeready.training.history import History, read_history
+    from mergeready.training.loop import MergeReadyLoop
     from mergeready.training.monitor import Monitor
     from mergeready.training.peers import Peer
     from mergeready.training.picks import Picks
@@ -35,6 +36,7 @@ _PLACES = {
     "mergeready.metrics.compare": ["Comparison", "compare"],
     "mergeready.metrics.inspection": ["Inspection", "inspect"],
     "mergeready.training.history": ["History", "read_history"],
+    "mergeready.training.loop": ["MergeReadyLoop"],
     "mergeready.training.monitor": ["Monitor"],
     "mergeready.training.peers": ["Peer"],
     "mergeready.training.picks": ["Picks"],
@@ -64,6 +66,7 @@ __all__ = [
     "History",
     "Inspection",
     "MergeReadyError",
+    "MergeReadyLoop",
     "MergedInPlace",
     "MergedPlateau",
     "Monitor",

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainerCallback
 
-from mergeready.errors import OptionError, UnsupportedError
+from mergeready.errors import OptionError
 from mergeready.experts.base import Base
 from mergeready.experts.open import ExpertLike
 from mergeready.merging.evaluation import Evaluate, Values
@@ -93,8 +93,6 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         trainer = self._find_trainer()
-        if args.world_size > 1:
-            raise UnsupportedError("runs over several processes are not supported yet.")
         self._require_order(args, trainer)
         self.monitor = Monitor(**self._settings)
         entry = state.stateful_callbacks.setdefault(STATE_KEY, {"args": {}, "attributes": {}})

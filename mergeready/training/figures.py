@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from mergeready.training.history import History
@@ -57,3 +59,27 @@ def _line(
     )
     if values and all(v.low is not None and v.high is not None for v in values):
         axes.fill_between(steps, [v.low for v in values], [v.high for v in values], color=color, alpha=0.13)
+
+
+def draw_growth(axes: Any, history: History) -> None:
+    """Draw how the task vector grows by layer: a heatmap of ‖τ‖ over layers and measured steps.
+
+    Args:
+        axes: Matplotlib axes.
+        history: The run. Steps stand side by side, as they were measured; layers that were not trained are white.
+    """
+    measured = [record for record in history.metrics if record.layers]
+    layers = sorted({layer for record in measured for layer in record.layers})
+    norms = [[record.layers.get(layer, math.nan) for record in measured] for layer in layers]
+    image = axes.imshow(norms, aspect="auto", origin="lower", cmap="viridis", vmin=0, interpolation="nearest")
+    _sparse_ticks(axes.set_xticks, [record.step for record in measured])
+    _sparse_ticks(axes.set_yticks, layers)
+    axes.set_xlabel("training step")
+    axes.set_ylabel("layer")
+    axes.set_title("growth of the task vector by layer", fontsize=11)
+    axes.figure.colorbar(image, ax=axes, label="‖τ‖")
+
+
+def _sparse_ticks(set_ticks: Any, labels: Sequence[int], most: int = 12) -> None:
+    chosen = range(0, len(labels), math.ceil(len(labels) / most))
+    set_ticks(list(chosen), [str(labels[index]) for index in chosen])

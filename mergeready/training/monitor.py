@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+from torch import distributed, nn
 
-from mergeready.errors import HistoryError, MergeReadyError, OptionError
+from mergeready.errors import HistoryError, MergeReadyError, OptionError, UnsupportedError
 from mergeready.experts.base import Base
 from mergeready.experts.live import LiveExpert
 from mergeready.experts.open import ExpertLike
@@ -80,6 +80,7 @@ class Monitor:
         self.history: History = History()
         self.started = False
         self._restored: History | None = None
+        self._saving = False
 
     def start(
         self,
@@ -105,7 +106,10 @@ class Monitor:
 
         Raises:
             MergeReadyError: If base, peers or evaluations are not usable. Nothing was changed.
+            UnsupportedError: If the run has several processes.
         """
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            raise UnsupportedError("runs over several processes are not supported yet.")
         self.folder = Path(folder)
         known = self._restored.start if self._restored is not None else None
         base = base_of_run(model, self.base, self.folder, step=step, recorded=known.base if known else None)
@@ -136,6 +140,8 @@ class Monitor:
         Raises:
             MergeReadyError: If the model's values or an evaluation are not usable. The model is as it was.
         """
+        if self._saving:
+            self.on_save()
         seconds = self._train_seconds()
         records: list[Record] = []
         if self._measuring.due(step, seconds):
@@ -162,8 +168,16 @@ class Monitor:
         """The scalars of the newest probe."""
         return scalars(self.history.probes[-1]) if self.history.probes else {}
 
-    def on_save(self) -> None:
-        """After the framework saved a checkpoint: picks that no saved state needs any more can go."""
+    def on_save(self, *, complete: bool = True) -> None:
+        """After the framework saved a checkpoint: picks that no saved state needs any more can go.
+
+        Args:
+            complete: False where a framework says so only before it writes. They go at the next step then: a run that
+                is killed while it saves is resumed from the checkpoint before, which still needs its picks.
+        """
+        self._saving = not complete
+        if not complete:
+            return
         if self._store is not None and self.history.probes:
             self._store.prune(self.history)
 

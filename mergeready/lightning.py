@@ -1,0 +1,156 @@
+"""The Lightning shell: translates a Trainer's events for the monitor, and holds no logic of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from mergeready.errors import OptionError
+from mergeready.fabric import log_images
+from mergeready.training.history import History
+from mergeready.training.images import run_images
+from mergeready.training.monitor import Monitor, Outcome
+from mergeready.training.options import MonitorOptions, with_defaults
+from mergeready.training.save import save_expert
+from mergeready.training.scalars import PREFIX
+
+FOLDER_NAME = "mergeready"
+
+
+class MergeReadyCallback(Callback):  # type: ignore[misc]  # lightning is not typed
+    """Watch how well the model in training merges, steer it, and stop before merging suffers.
+
+    Add it to a Lightning ``Trainer`` that you have already. Its scalars go to all loggers, and any of them can be
+    what ``ModelCheckpoint`` and ``EarlyStopping`` monitor, for example ``mergeready/merged/ties``; validation then
+    starts with a probe. Checkpoints carry the history, and a resumed run continues it.
+
+    Args:
+        model: Attribute of the LightningModule that holds the model, as the base names its parameters. By default its
+            only child with parameters, if there is exactly one; else the LightningModule itself.
+        folder: Where ``history.jsonl``, ``picks/`` and ``summary.json`` go; ``<default_root_dir>/mergeready`` by
+            default. One folder a run.
+        processor: A tokenizer or processor to save with each pick.
+        **options: ``base``, ``peers``, ``probe``, ``stop``, ``on_stop``, ``measure`` and ``picks``, as
+            :class:`~mergeready.training.monitor.Monitor` takes them. A probe needs its ``evaluate``, which is given
+            the model, not the LightningModule.
+
+    Example:
+        >>> from mergeready import MergedPlateau, Probe
+        >>> probe = Probe(merge="ties", evaluate=lambda model: {"accuracy": 0.5})
+        >>> callback = MergeReadyCallback(model="net", probe=probe, stop=MergedPlateau(patience=3))
+        >>> trainer = Trainer(callbacks=[callback], accelerator="cpu", logger=False, enable_checkpointing=False)
+        >>> callback.history.probes
+        []
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str | None = None,
+        folder: str | Path | None = None,
+        processor: Any = None,
+        **options: Unpack[MonitorOptions],
+    ) -> None:
+        self._model, self._folder, self._processor = model, folder, processor
+        self._options = with_defaults(options)
+        self.monitor = Monitor(**self._options)
+        self._state: dict[str, Any] = {}
+        self._step: int | None = None  # the last optimizer step seen; None outside training
+
+    @property
+    def history(self) -> History:
+        """What was measured so far."""
+        return self.monitor.history
+
+    @property
+    def state_key(self) -> str:
+        return "mergeready"
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # The only event that comes after set-up and after restoring, whatever the strategy.
+        model = _model_of(pl_module, self._model)
+        if self.monitor.started:  # a second fit
+            self._state = self.monitor.state_dict()
+        self.monitor = Monitor(**self._options)
+        if trainer.global_step and self._state:
+            self.monitor.load_state_dict(self._state)
+        total = trainer.estimated_stepping_batches
+        self.monitor.start(
+            model,
+            Path(self._folder or Path(trainer.default_root_dir) / FOLDER_NAME),
+            step=trainer.global_step,
+            total_steps=int(total) if 0 < total < float("inf") else None,
+            save=lambda folder: save_expert(model, folder, self._processor),
+        )
+        self._step = trainer.global_step
+        self._publish(trainer, self.monitor.last_scalars())
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step != self._step:  # not a micro-batch of gradient accumulation
+            self._step = trainer.global_step
+            self._report(trainer, self.monitor.on_step(trainer.global_step))
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._step and any(_monitored(callback) for callback in trainer.callbacks):
+            self._report(trainer, self.monitor.probe_now(trainer.global_step))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._step = None
+        log_images(trainer.loggers, lambda: run_images(self.history), trainer.global_step)
+        self.monitor.finish()
+
+    def state_dict(self) -> dict[str, Any]:
+        if not self.monitor.started:
+            return self._state
+        self.monitor.on_save(complete=False)
+        state = self.monitor.state_dict()
+        return state | {"history": list(state["history"])}  # it may be written while training goes on
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._state = state_dict
+        self.monitor = Monitor(**self._options)  # what an earlier fit measured is not of this run
+
+    def _report(self, trainer: Trainer, outcome: Outcome) -> None:
+        if not outcome.scalars:
+            return
+        self._publish(trainer, outcome.scalars)
+        for (
+            logger
+        ) in trainer.loggers:  # self.log would wait for, or miss, the next multiple of log_every_n_steps
+            logger.log_metrics(dict(outcome.scalars), step=trainer.global_step)
+            logger.save()
+        if trainer.strategy.reduce_boolean_decision(outcome.decision.stop, all=False):
+            trainer.should_stop = True
+
+    def _publish(self, trainer: Trainer, scalars: Mapping[str, float]) -> None:
+        """Let other callbacks see the scalars, now and until they are measured again."""
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scalars.items()})
+
+
+def _model_of(module: LightningModule, attribute: str | None) -> nn.Module:
+    if attribute is None:
+        direct = next(module.parameters(recurse=False), None) is not None
+        children: list[nn.Module] = [
+            child for child in module.children() if next(child.parameters(), None) is not None
+        ]
+        if len(children) == 1 and not direct:
+            return children[0]
+        whole: nn.Module = module
+        return whole
+    found = getattr(module, attribute, None)
+    if not isinstance(found, nn.Module):
+        names = [name for name, _ in module.named_children()]
+        raise OptionError(
+            f"`model` is {attribute!r}, but {type(module).__name__} has only the modules {names}."
+        )
+    return found
+
+
+def _monitored(callback: Callback) -> bool:
+    """Whether a checkpoint or early-stopping callback watches one of our scalars."""
+    return str(getattr(callback, "monitor", None)).startswith(PREFIX)

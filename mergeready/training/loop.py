@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Unpack
+
+from numpy import uint8
+from numpy.typing import NDArray
+from torch import nn
+
+from mergeready.errors import HistoryError, OptionError
+from mergeready.training.history import History
+from mergeready.training.images import run_images
+from mergeready.training.monitor import Monitor
+from mergeready.training.options import MonitorOptions, with_defaults
+from mergeready.training.save import save_expert
+
+
+class MergeReadyLoop:
+    """Watch how well the model of a training loop of your own merges, steer it, and stop before merging suffers.
+
+    Call :meth:`prepare` before the first step, :meth:`step` after every optimizer step, :meth:`finish` at the end.
+    To resume, save :meth:`state_dict` with your checkpoint and give it to :meth:`load_state_dict` before
+    :meth:`prepare`.
+
+    Args:
+        folder: Where ``history.jsonl``, ``picks/`` and ``summary.json`` go; one folder a run.
+        **options: ``base``, ``peers``, ``probe``, ``stop``, ``on_stop``, ``measure`` and ``picks``, as
+            :class:`~mergeready.training.monitor.Monitor` takes them. A probe needs its ``evaluate``.
+
+    Attributes:
+        steps: Optimizer steps taken so far.
+        should_stop: Whether ``stop`` has said so.
+
+    Example:
+        >>> import torch
+        >>> from tempfile import mkdtemp
+        >>> from mergeready import NormBudget, Schedule
+        >>> model = torch.nn.Linear(3, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> monitor = MergeReadyLoop(mkdtemp(), measure=Schedule(every=2), stop=NormBudget(max_norm=0.5))
+        >>> monitor.prepare(model, total_steps=100)
+        >>> for _ in range(100):
+        ...     optimizer.zero_grad()
+        ...     model(torch.ones(1, 3)).backward()
+        ...     optimizer.step()
+        ...     logged = monitor.step()
+        ...     if monitor.should_stop:
+        ...         break
+        >>> summary = monitor.finish()
+        >>> monitor.steps, summary["stopped"][0]["reason"]
+        (4, '‖τ‖ = 0.8 is beyond 0.5')
+    """
+
+    def __init__(self, folder: str | Path, **options: Unpack[MonitorOptions]) -> None:
+        self.folder = Path(folder)
+        self.monitor = Monitor(**with_defaults(options))
+        self.steps = 0
+        self.should_stop = False
+        self._state: Mapping[str, Any] | None = None
+
+    @property
+    def history(self) -> History:
+        """What was measured so far."""
+        return self.monitor.history
+
+    def prepare(
+        self,
+        model: nn.Module,
+        *,
+        step: int | None = None,
+        total_steps: int | None = None,
+        processor: Any = None,
+    ) -> None:
+        """Bind to a model that is ready to train: wrapped, and on resume loaded. Check everything, measure references.
+
+        Args:
+            model: The model.
+            step: Optimizer steps taken already; known without this if the state was loaded.
+            total_steps: Optimizer steps that the run will take in all, so that the last one is measured.
+            processor: A tokenizer or processor to save with each pick.
+
+        Raises:
+            OptionError: If ``step`` differs from the step of the loaded state.
+            MergeReadyError: If base, peers or evaluations are not usable. Nothing was changed.
+        """
+        if self._state is not None:
+            saved = self._state.get("step")
+            if not isinstance(saved, int):
+                raise HistoryError("the loaded state does not say after which step it was saved.")
+            if step not in (None, saved):
+                raise OptionError(f"`step` is {step}, but the loaded state was saved after step {saved}.")
+            self.monitor.load_state_dict(self._state)
+            step = saved
+        self.steps = step or 0
+        self.monitor.start(
+            model,
+            self.folder,
+            step=self.steps,
+            total_steps=total_steps,
+            save=lambda folder: save_expert(model, folder, processor),
+        )
+
+    def step(self) -> Mapping[str, float]:
+        """After an optimizer step: measure and probe if they are due, then decide.
+
+        Returns:
+            What was measured at this step, named and ready for a logger; empty at most steps.
+
+        Raises:
+            MergeReadyError: If the model's values or an evaluation are not usable. The model is as it was.
+        """
+        if not self.monitor.started:
+            raise OptionError("call `prepare(model)` before the first `step()`.")
+        self.steps += 1
+        outcome = self.monitor.on_step(self.steps)
+        if outcome.scalars:
+            self._log(outcome.scalars)
+            self.should_stop = self._any_rank(outcome.decision.stop) or self.should_stop
+        return outcome.scalars
+
+    def images(self) -> dict[str, NDArray[uint8]]:
+        """The run's composability curves and its growth by layer, as RGB arrays by name."""
+        return run_images(self.history)
+
+    def finish(self) -> dict[str, Any]:
+        """At the end: remove what is not picked, write ``summary.json`` and return its content."""
+        self._log_images()
+        return self.monitor.finish()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs: numbers and text, no tensors. To be saved with each checkpoint."""
+        if not self.monitor.started:
+            raise OptionError("there is no state to save before `prepare(model)`.")
+        self.monitor.on_save(complete=False)
+        state = self.monitor.state_dict()
+        return {"step": self.steps, **state, "history": list(state["history"])}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue an earlier run; call before :meth:`prepare`.
+
+        Raises:
+            OptionError: If the model was prepared already.
+        """
+        if self.monitor.started:
+            raise OptionError(
+                "load the monitor's state before `prepare(model)`, which measures the loaded weights."
+            )
+        self._state = dict(state)
+
+    def _any_rank(self, stop: bool) -> bool:
+        """Whether any process decided to stop. Here they all see the same history."""
+        return stop
+
+    def _log(self, scalars: Mapping[str, float]) -> None:
+        """Send scalars to the framework's loggers. Here the caller has them from :meth:`step`."""
+
+    def _log_images(self) -> None:
+        """Send the images to the framework's loggers that take images. Here the caller has :meth:`images`."""

@@ -1,0 +1,82 @@
+"""The same run under every trainer writes the same history, picks the same checkpoints and stops at the same step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mergeready import NormBudget, read_history
+from tests.loops import RUNS, make_world
+
+OTHERS = [name for name in RUNS if name != "plain"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    world = make_world(tmp_path_factory.mktemp("world"))
+    for name, run in RUNS.items():
+        torch.save(run(world, world / name).state_dict(), world / f"{name}.pt")
+    return world
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_same_history(world: Path, name: str) -> None:
+    lines = (world / name / "mergeready/history.jsonl").read_text().splitlines()
+    expected = (world / "plain/mergeready/history.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [json.loads(line) for line in expected]
+
+
+def test_the_history_is_of_a_run_that_learns(world: Path) -> None:
+    history = read_history(world / "plain/mergeready/history.jsonl")
+    assert [probe.step for probe in history.probes] == [1, 2, 3, 6, 9, 12]
+    assert [record.step for record in history.metrics] == [1, 2, 4, 6, 8, 10, 12]
+    assert len({record.norm for record in history.metrics}) == 7
+    assert len({probe.merges["ties"].merged for probe in history.probes}) > 1
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_same_weights(world: Path, name: str) -> None:
+    found, expected = torch.load(world / f"{name}.pt"), torch.load(world / "plain.pt")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_same_picks(world: Path, name: str) -> None:
+    """Their bytes too: weights, the index, and the record of the base."""
+    files = {
+        trainer: {
+            path.relative_to(world / trainer): path.read_bytes()
+            for path in (world / trainer / "mergeready/picks").rglob("*")
+            if path.is_file() and path.name != "config.json"  # transformers' Trainer turns `use_cache` off
+        }
+        for trainer in (name, "plain")
+    }
+    assert Path("mergeready/picks/picks.json") in files["plain"]
+    assert files[name] == files["plain"]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_same_stop(world: Path, tmp_path: Path, name: str) -> None:
+    norms = [
+        (record.step, record.norm)
+        for record in read_history(world / "plain/mergeready/history.jsonl").metrics
+    ]
+    limit = norms[2][1] * 0.999  # passed at the third measurement, step 4
+    RUNS[name](world, tmp_path, probe=None, stop=NormBudget(max_norm=limit))
+    history = read_history(tmp_path / "mergeready/history.jsonl")
+    assert [(decision.step, decision.acted) for decision in history.decisions] == [(4, True)]
+    assert history.metrics[-1].step == 4
+    summary = json.loads((tmp_path / "mergeready/summary.json").read_text())
+    assert summary["stopped"][0]["step"] == 4
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_record_only_goes_on(world: Path, tmp_path: Path, name: str) -> None:
+    RUNS[name](world, tmp_path, probe=None, stop=NormBudget(max_norm=1e-9), on_stop="record")
+    history = read_history(tmp_path / "mergeready/history.jsonl")
+    assert [(decision.step, decision.acted) for decision in history.decisions] == [(1, False)]
+    assert history.metrics[-1].step == 12
