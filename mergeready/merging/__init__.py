@@ -1,6 +1,14 @@
 """Merging: one short file a method, one registry, engines on disk, in memory and in a live model."""
 
-from mergeready.merging import average, dare, task_arithmetic, ties  # noqa: F401 - each registers its methods
+from mergeready.merging import (  # noqa: F401 - each registers its methods
+    average,
+    dare,
+    iso_c,
+    iso_cts,
+    task_arithmetic,
+    ties,
+    tsv_m,
+)
 from mergeready.merging.api import merge
 from mergeready.merging.folders import merge_folders
 from mergeready.merging.in_place import MergedInPlace

@@ -107,6 +107,10 @@ class MatrixMethod(MergeMethod):
 
     rest: str = "task_arithmetic"
 
+    def for_vectors(self) -> str | MergeMethod:
+        """The method for parameters that are no matrices."""
+        return self.rest
+
     @abstractmethod
     def combine_matrices(
         self, deltas: Sequence[Delta | None], weights: Sequence[float], place: Place

@@ -29,7 +29,7 @@ def merged_chunks(
         if len(info.shape) > 1:
             yield from _merged_matrix(method, name, info, vectors, weights)
             return
-        method = make_method(method.rest)
+        method = make_method(method.for_vectors())
     if not isinstance(method, ElementwiseMethod):
         raise OptionError(f"{method.name} is of an unknown kind.")
     prepared = [

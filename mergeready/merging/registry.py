@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any, TypeAlias, TypeVar
 
 from mergeready.errors import OptionError, listing
-from mergeready.merging.method import MergeMethod
+from mergeready.merging.method import ElementwiseMethod, MergeMethod
 
 _METHODS: dict[str, type[MergeMethod]] = {}
 _M = TypeVar("_M", bound=type[MergeMethod])
@@ -66,3 +66,13 @@ def require_fraction(name: str, value: float, *, zero: bool = False) -> None:
     """
     if not isinstance(value, int | float) or not (0 <= value <= 1) or (value == 0 and not zero):
         raise OptionError(f"`{name}` must be in {'[' if zero else '('}0, 1], not {value!r}.")
+
+
+def require_elementwise(name: str, method: str) -> None:
+    """Check that a parameter names an elementwise method.
+
+    Raises:
+        OptionError: If there is no such method or it needs whole matrices.
+    """
+    if not issubclass(method_class(method), ElementwiseMethod):
+        raise OptionError(f"`{name}` must be an elementwise method, not {method!r}, which needs matrices.")
