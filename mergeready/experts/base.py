@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mergeready.errors import BaseMismatchError, UnsupportedError, listing
 from mergeready.experts.identity import BaseIdentity
+from mergeready.experts.peft_config import unquantised
 from mergeready.weights.open import WeightsLike, open_weights, resolve_folder
 from mergeready.weights.source import WeightSource
 
@@ -76,14 +77,16 @@ class Base:
     def require_name(self, declared: str | None, what: str) -> None:
         """Raise if an expert declares a hub id that is not the hub id this base was opened by.
 
-        Local paths differ from machine to machine and say nothing, so only two ids are compared.
+        Local paths differ from machine to machine and say nothing, so only two ids are compared. That one of them
+        names a quantised copy is no difference here; an expert's notes say so.
 
         Raises:
             BaseMismatchError: If the ids differ.
         """
         if declared is None or self.name is None or Path(self.name).exists() or Path(declared).exists():
             return
-        if _HUB_ID.fullmatch(declared) and _HUB_ID.fullmatch(self.name) and declared != self.name:
+        differ = unquantised(declared) != unquantised(self.name)
+        if _HUB_ID.fullmatch(declared) and _HUB_ID.fullmatch(self.name) and differ:
             raise BaseMismatchError(f"{what} says that its base is {declared}, not {self.name}.")
 
 

@@ -6,16 +6,16 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from mergeready.errors import FormatError, MismatchError, NonFiniteError, OptionError, listing
+from mergeready.errors import MismatchError, NonFiniteError, OptionError, listing
+from mergeready.experts.adapter import AdapterTaskVector
+from mergeready.experts.adapter_folder import explain_missing_weights, open_adapter, refuse_foreign_lora
 from mergeready.experts.base import Base, require_wide_floats
 from mergeready.experts.kinship import require_kinship
-from mergeready.experts.peft_config import CONFIG_NAME, PeftConfig
-from mergeready.experts.peft_lora import WEIGHTS_NAME, PeftTaskVector
+from mergeready.experts.peft_config import CONFIG_NAME
 from mergeready.experts.record import recorded_base
 from mergeready.experts.task_vector import FullTaskVector, TaskVector
 from mergeready.weights.names import match_names
 from mergeready.weights.open import WeightsLike, open_weights, resolve_folder
-from mergeready.weights.safetensors_folder import SafetensorsFolder
 from mergeready.weights.source import WeightSource, chunk_ranges, is_mergeable
 
 
@@ -25,23 +25,25 @@ class Expert:
 
     Attributes:
         label: How messages call it.
-        format: ``full`` or ``peft``, or ``task vector`` for one that was made in memory.
+        format: ``full``, ``peft``, ``adapterhub`` or ``mlx``, or ``task vector`` for one that was made in memory.
         vector: Its task vector.
         folder: Where it lies, if it is a folder.
         extra: Its parameters that the base does not have, such as a task's own head. They are not merged.
         missing: Base parameters that it does not have. They count as unchanged.
         statistics: Source of its running statistics, if it is a full model.
         base_checked: How its base was verified: ``recorded`` (exact), ``weights`` (plausible) or ``nothing``.
+        notes: What else is to be known, such as training on quantised weights.
     """
 
     label: str
-    format: Literal["full", "peft", "task vector"]
+    format: Literal["full", "peft", "adapterhub", "mlx", "task vector"]
     vector: TaskVector
     folder: Path | None = None
     extra: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     statistics: WeightSource | None = None
     base_checked: Literal["recorded", "weights", "nothing"] = "nothing"
+    notes: tuple[str, ...] = ()
 
 
 ExpertLike: TypeAlias = WeightsLike | Expert | TaskVector
@@ -55,7 +57,7 @@ def open_expert(
     revision: str | None = None,
     allow_pickle: bool = False,
 ) -> Expert:
-    """Open an expert relative to its base: a full checkpoint or a PEFT LoRA adapter.
+    """Open an expert relative to its base: a full checkpoint, or an adapter of PEFT, AdapterHub or MLX.
 
     Args:
         expert: A folder, hub id, state dict or live module; or an expert or task vector that is open already.
@@ -99,37 +101,39 @@ def _open_folder(
     if recorded is not None:
         base.identity.require_same(recorded, str(path))
     if is_adapter:
-        expert = _open_peft(folder, str(path), base, strict, recorded is not None)
+        expert = _open_adapter(folder, str(path), base, strict, recorded is not None, allow_pickle)
     else:
+        if folder.is_dir() and not (folder / "config.json").is_file():
+            explain_missing_weights(folder, str(path))
         source = open_weights(folder, allow_pickle=allow_pickle)
         source.label = str(path)
         expert = _open_full(source, base, strict, folder if folder.is_dir() else None, recorded is not None)
     return expert
 
 
-def _open_peft(folder: Path, label: str, base: Base, strict: bool, recorded: bool) -> Expert:
-    config = PeftConfig.read(folder)
-    base.require_name(config.base_name, label)
-    if not (folder / WEIGHTS_NAME).is_file():
-        raise FormatError(
-            f"{folder} has {CONFIG_NAME} but no {WEIGHTS_NAME}. Save the adapter with save_pretrained; "
-            "adapter_model.bin is a pickle file and is not read."
-        )
-    source = SafetensorsFolder(folder / WEIGHTS_NAME, label)
-    broken = [name for name in source.infos if not bool(torch.isfinite(source.read(name)).all())]
-    if broken:
-        raise NonFiniteError(f"{label} holds NaN or infinite values in {listing(broken)}.")
-    vector = PeftTaskVector(source, config, base, label)
+def _open_adapter(
+    folder: Path, label: str, base: Base, strict: bool, recorded: bool, allow_pickle: bool
+) -> Expert:
+    kind, vector = open_adapter(folder, base, label, allow_pickle=allow_pickle)
+    _require_finite_file(vector)
     vector.require_trained()
     if strict:
         _refuse_extra(label, vector.extra, base)
     checked: Literal["recorded", "nothing"] = "recorded" if recorded else "nothing"
-    return Expert(label, "peft", vector, folder, vector.extra, base_checked=checked)
+    return Expert(label, kind, vector, folder, vector.extra, base_checked=checked, notes=vector.notes)
+
+
+def _require_finite_file(vector: AdapterTaskVector) -> None:
+    source = vector.source
+    broken = [name for name in source.infos if not bool(torch.isfinite(source.read(name)).all())]
+    if broken:
+        raise NonFiniteError(f"{vector.label} holds NaN or infinite values in {listing(broken)}.")
 
 
 def _open_full(
     source: WeightSource, base: Base, strict: bool, folder: Path | None = None, recorded: bool = False
 ) -> Expert:
+    refuse_foreign_lora(source.infos, source.label)
     require_wide_floats(source)
     names, extra, missing = pair_with_base(source, base, strict=strict)
     if not recorded:

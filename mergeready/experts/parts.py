@@ -110,19 +110,30 @@ class DoraPart:
     base: Callable[[int, int], Tensor]
     info: TensorInfo
     by_column: bool = False
+    normed: LowRankPart | None = None
+    """The D inside the norm where a library leaves out its scaling there; ``lora`` by default."""
 
     def flat(self, start: int, stop: int) -> Tensor:
         columns = self.info.numel // max(self.info.rows, 1)
-        lora, magnitude = self.lora.delta(), self.magnitude().reshape(-1).double()
+        lora = self.lora.delta()
         first, last = start // columns, math.ceil(stop / columns)
         weight = self._weight(lora, first * columns, last * columns).reshape(-1, columns)
         adapted = weight + lora.flat(first * columns, last * columns).reshape(-1, columns)
-        if self.by_column:
-            gains = (magnitude / self._column_norms(lora, columns)).float()
-        else:
-            gains = (magnitude[first:last] / adapted.double().norm(dim=1)).float().unsqueeze(1)
-        change = (gains * adapted - weight).reshape(-1)
+        gains = self.gains(first, last).float()
+        change = ((gains if self.by_column else gains.unsqueeze(1)) * adapted - weight).reshape(-1)
         return change[start - first * columns : stop - first * columns]
+
+    def gains(self, first: int, last: int) -> Tensor:
+        """``g`` of rows ``first`` to ``last`` in float64, or of all columns with ``by_column``."""
+        columns = self.info.numel // max(self.info.rows, 1)
+        lora, magnitude = (self.normed or self.lora).delta(), self.magnitude().reshape(-1).double()
+        if self.by_column:
+            return magnitude / self._column_norms(lora, columns)
+        adapted = self._weight(lora, first * columns, last * columns) + lora.flat(
+            first * columns, last * columns
+        )
+        norms: Tensor = torch.linalg.vector_norm(adapted.reshape(-1, columns).double(), dim=1)
+        return magnitude[first:last] / norms
 
     def _weight(self, lora: LowRank, start: int, stop: int) -> Tensor:
         return self.base(start, stop).to(device=lora.A.device, dtype=torch.float32)
@@ -133,6 +144,50 @@ class DoraPart:
             adapted = self._weight(lora, start, stop) + lora.flat(start, stop)
             squares += adapted.double().square().reshape(-1, columns).sum(0)
         return squares.sqrt()
+
+    def delta(self) -> Dense:
+        return Dense(self.flat(0, self.info.numel).reshape(self.info.shape))
+
+
+@dataclass(frozen=True, eq=False)
+class GainBiasPart:
+    """The bias of a layer whose whole output is multiplied by DoRA's gains: ``(g − 1) ∘ b``."""
+
+    dora: DoraPart
+    base: Callable[[int, int], Tensor]
+    length: int
+
+    def flat(self, start: int, stop: int) -> Tensor:
+        bias, gains = self.base(start, stop), self.dora.gains(start, stop)
+        return ((gains - 1) * bias.to(device=gains.device, dtype=torch.float64)).float()
+
+    def delta(self) -> Dense:
+        return Dense(self.flat(0, self.length))
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertsPart:
+    """LoRA of a stack of expert matrices (E, out, in): ``scaling · Bₑ Aₑ`` for each expert e.
+
+    PEFT's ``target_parameters`` store A as (E·r, in), experts outermost, and B as (out, r·E), experts innermost. With
+    ``transposed`` the stack is (E, in, out).
+    """
+
+    read_B: Callable[[], Tensor]
+    read_A: Callable[[], Tensor]
+    scaling: float
+    info: TensorInfo
+    transposed: bool = False
+
+    def flat(self, start: int, stop: int) -> Tensor:
+        count, width = self.info.shape[0], self.info.numel // self.info.shape[0]
+        A = self.read_A().float()
+        B = self.read_B().float() * self.scaling
+        A, B = A.reshape(count, -1, A.shape[-1]), B.reshape(B.shape[0], -1, count).permute(2, 0, 1)
+        first, last = start // width, math.ceil(stop / width)
+        blocks = torch.bmm(B[first:last], A[first:last])
+        flat = (blocks.transpose(1, 2) if self.transposed else blocks).reshape(-1)
+        return flat[start - first * width : stop - first * width]
 
     def delta(self) -> Dense:
         return Dense(self.flat(0, self.info.numel).reshape(self.info.shape))

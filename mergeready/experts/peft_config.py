@@ -19,11 +19,30 @@ _REFUSALS = {
     "use_qalora": "its factors act on pooled groups of inputs and cannot be folded into the weight",
     "arrow_config": "it routes between adapters for each token and is no single change of the weights",
     "alora_invocation_tokens": "it acts only after its invocation tokens, so it is no change of the weights",
-    "target_parameters": "its factors act on three-dimensional expert weights, which are not supported yet",
     "use_bdlora": "its factors are block-diagonal, which is not supported",
     "kasa_config": "it changes the base weights at its start (KaSA truncates their singular values)",
     "monteclora_config": "it samples its weights at each forward pass",
 }
+
+_ADDITIVE = (
+    "only LoRA adapters are read. Its effect is a sum: load it with PEFT, then call `merge_and_unload` and pass the "
+    "full model, or convert it with `save_as_lora`, which keeps a part of it"
+)
+_MULTIPLIES = "it multiplies weights or activations: its effect is no sum that could be merged with others"
+_PROMPTS = "it changes inputs or hidden states, not weights"
+_UNKNOWN_KIND = "only LoRA adapters are read"
+_REASONS = {
+    **dict.fromkeys(("ADALORA", "LOHA", "LOKR", "VERA", "FOURIERFT", "RANDLORA", "DELORA"), _ADDITIVE),
+    **dict.fromkeys(("IA3", "OFT", "BOFT", "HRA", "ROAD"), _MULTIPLIES),
+    **dict.fromkeys(
+        ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT"),
+        _PROMPTS,
+    ),
+    "LN_TUNING": "only LoRA adapters are read. Merge it into the base with `merge_and_unload` and pass the full model",
+    "XLORA": "it routes between adapters for each token and is no single change of the weights",
+    "POLY": "it routes between adapters for each task and is no single change of the weights",
+}
+_QUANTISED = re.compile(r"[-_.](?:bnb-)?(?:[48]-?bit|int[48]|nf4|awq|gptq)\b", re.IGNORECASE)
 
 _NEUTRAL = {
     "auto_mapping",
@@ -61,6 +80,7 @@ _USED = {
     "init_lora_weights",
     "lora_alpha",
     "lora_bias",
+    "target_parameters",
     "trainable_token_indices",
     "use_dora",
     "use_rslora",
@@ -89,7 +109,7 @@ class PeftConfig:
     def _problems(self) -> list[str]:
         kind = getattr(self.fields.get("peft_type"), "value", self.fields.get("peft_type"))
         if kind not in ("LORA", None):
-            return [f"its type is {kind}, and only LoRA adapters are supported"]
+            return [f"its type is {kind}, and {_REASONS.get(kind, _UNKNOWN_KIND)}"]
         found = [f"`{key}`: {reason}" for key, reason in _REFUSALS.items() if self.fields.get(key)]
         init = self.fields.get("init_lora_weights", True)
         if isinstance(init, str) and _CHANGES_BASE.match(init.lower()):
@@ -128,6 +148,17 @@ class PeftConfig:
         return str(name) if name else None
 
     @property
+    def notes(self) -> list[str]:
+        """What else is to be known: whether it was trained on quantised weights, as far as its base's name says."""
+        return quantised_note(self.base_name)
+
+    @property
+    def parameter_leaves(self) -> list[str]:
+        """Last parts of the parameter names in `target_parameters`, each once."""
+        named = self.fields.get("target_parameters") or []
+        return list(dict.fromkeys(str(name).rpartition(".")[2] for name in named))
+
+    @property
     def fan_in_fan_out(self) -> bool:
         """Whether targets store their weight as (in, out)."""
         return bool(self.fields.get("fan_in_fan_out"))
@@ -157,3 +188,27 @@ class PeftConfig:
         elif isinstance(indices, list):
             return [int(row) for row in indices]
         raise FormatError(f"{self.label}: `trainable_token_indices` says nothing about {module}.")
+
+
+def quantised_note(base_name: str | None) -> list[str]:
+    """A note if the name of an adapter's base says that the base was quantised.
+
+    >>> quantised_note("org/model-bnb-4bit")[0]
+    'trained on the quantised org/model-bnb-4bit: on other weights it acts a little differently; check its outputs'
+    >>> quantised_note("org/model")
+    []
+    """
+    if base_name is None or not _QUANTISED.search(base_name):
+        return []
+    return [
+        f"trained on the quantised {base_name}: on other weights it acts a little differently; check its outputs"
+    ]
+
+
+def unquantised(name: str) -> str:
+    """A base's name without what says that it was quantised.
+
+    >>> unquantised("org/model-bnb-4bit")
+    'org/model'
+    """
+    return _QUANTISED.sub("", name)

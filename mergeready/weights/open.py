@@ -48,7 +48,7 @@ def open_weights(
     folder = resolve_folder(weights, revision=revision)
     has_safetensors = folder.is_file() or (folder / INDEX_NAME).exists() or (folder / SINGLE_NAME).exists()
     if not has_safetensors and (folder / _PICKLE_NAME).is_file():
-        return _open_pickle(folder / _PICKLE_NAME, allow_pickle)
+        return open_tensor_file(folder / _PICKLE_NAME, allow_pickle=allow_pickle)
     return SafetensorsFolder(folder, label=str(weights))
 
 
@@ -74,7 +74,14 @@ def resolve_folder(path_or_id: str | Path, *, revision: str | None = None) -> Pa
         ) from error
 
 
-def _open_pickle(path: Path, allow_pickle: bool) -> WeightSource:
+def open_tensor_file(path: Path, label: str | None = None, *, allow_pickle: bool = False) -> WeightSource:
+    """Open one file of tensors: safetensors, or a pickle file if that is allowed.
+
+    Raises:
+        FormatError: If it is a pickle file and not allowed, or cannot be read as tensors alone.
+    """
+    if path.suffix == ".safetensors":
+        return SafetensorsFolder(path, label)
     if not allow_pickle:
         raise FormatError(
             f"{path} is a pickle file, which can run code when it is read. Convert it to safetensors, "
@@ -88,4 +95,4 @@ def _open_pickle(path: Path, allow_pickle: bool) -> WeightSource:
         ) from error
     if not isinstance(state, Mapping):
         raise FormatError(f"{path} holds a {type(state).__name__}, not a state dict.")
-    return StateDictSource(state, label=str(path))
+    return StateDictSource(state, label or str(path))

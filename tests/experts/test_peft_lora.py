@@ -261,7 +261,6 @@ def edit_config(folder: Path, **changes: object) -> None:
         ({"layer_replication": [[0, 2], [1, 2]]}, "duplicates layers"),
         ({"alora_invocation_tokens": [1, 2]}, "invocation tokens"),
         ({"use_qalora": True}, "pooled groups"),
-        ({"target_parameters": ["experts.down_proj"]}, "three-dimensional"),
         ({"peft_type": "IA3"}, "its type is IA3"),
         ({"future_field": {"x": 1}}, "future_field"),
     ],
