@@ -84,6 +84,7 @@ def open_expert(
     if isinstance(expert, str | Path):
         return _open_folder(expert, base, strict, revision, allow_pickle)
     source = open_weights(expert)
+    refuse_foreign_lora(source.infos, source.label)
     if any(".lora_" in name for name in source.infos):
         raise OptionError(
             f"{source.label} holds LoRA factors without their configuration: pass the adapter's folder, or "
