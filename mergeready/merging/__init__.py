@@ -3,8 +3,10 @@
 from mergeready.merging import (  # noqa: F401 - each registers its methods
     average,
     dare,
+    fisher,
     iso_c,
     iso_cts,
+    regmean,
     task_arithmetic,
     ties,
     tsv_m,

@@ -75,6 +75,7 @@ def merge_folders(
     )
     base = Base.open(base)
     opened = [open_expert(expert, base, strict=strict) for expert in experts]
+    settings.check([expert.vector for expert in opened])
     _require_apart(Path(output), [base.folder, *(expert.folder for expert in opened)])
     check_dtype(dtype)
     check_statistics(statistics)

@@ -29,6 +29,7 @@ def merge_state(
         NonFiniteError: If the result would hold NaN or infinite values.
     """
     vectors = [expert.vector for expert in experts]
+    settings.check(vectors)
     state: dict[str, Tensor] = {}
     broken: list[str] = []
     for name, info in base.source.infos.items():

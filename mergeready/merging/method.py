@@ -42,6 +42,19 @@ class MergeMethod(ABC):
         """The method and its parameters, JSON-ready."""
         return {"method": self.name, **vars(self)}
 
+    def check(self, vectors: Sequence[TaskVector], names: Sequence[str], weights: Sequence[float]) -> None:
+        """Raise if these experts cannot be merged this way; engines ask before anything is computed or written.
+
+        Args:
+            vectors: The experts' task vectors.
+            names: The parameters that this method is used for, each in at least one of the task vectors.
+            weights: One factor an expert.
+
+        Raises:
+            MergeReadyError: What is wrong, all of it at once.
+        """
+        return
+
 
 @dataclass(frozen=True, kw_only=True)
 class ElementwiseMethod(MergeMethod):
@@ -110,6 +123,10 @@ class MatrixMethod(MergeMethod):
     def for_vectors(self) -> str | MergeMethod:
         """The method for parameters that are no matrices."""
         return self.rest
+
+    def handles(self, name: str, info: TensorInfo) -> bool:
+        """Whether a parameter is merged by this method, rather than by ``rest``."""
+        return len(info.shape) > 1
 
     @abstractmethod
     def combine_matrices(

@@ -26,7 +26,7 @@ def merged_chunks(
     if not info.numel or not any(name in vector for vector in vectors):
         return
     if isinstance(method, MatrixMethod):
-        if len(info.shape) > 1:
+        if method.handles(name, info):
             yield from _merged_matrix(method, name, info, vectors, weights)
             return
         method = make_method(method.for_vectors())

@@ -55,7 +55,14 @@ def make_method(method: MethodLike, **parameters: Any) -> MergeMethod:
         raise OptionError(
             f"{method} has no parameter {listing(unknown)}; it has {', '.join(known) if known else 'none'}."
         )
+    needed = [f.name for f in dataclasses.fields(chosen) if _is_required(f) and f.name not in parameters]
+    if needed:
+        raise OptionError(f"{method} needs {listing(f'`{name}`' for name in needed)}; see its documentation.")
     return chosen(**parameters)
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def require_fraction(name: str, value: float, *, zero: bool = False) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mergeready.errors import OptionError
+from mergeready.experts.task_vector import TaskVector
 from mergeready.merging.method import MergeMethod
 from mergeready.merging.parameter import check_scale, check_weights
 from mergeready.merging.registry import MethodLike, make_method
@@ -87,6 +88,19 @@ class MergeSettings:
             OptionError: If it is not finite.
         """
         return replace(self, default=replace(self.default, scale=check_scale(scale)))
+
+    def check(self, vectors: Sequence[TaskVector]) -> None:
+        """Let every method see whether it can merge these experts.
+
+        Raises:
+            MergeReadyError: If one cannot.
+        """
+        used: dict[tuple[MergeMethod, tuple[float, ...]], list[str]] = {}
+        for name in dict.fromkeys(name for vector in vectors for name in vector):
+            setting = self.at(name)
+            used.setdefault((setting.method, tuple(setting.weights)), []).append(name)
+        for (method, weights), names in used.items():
+            method.check(vectors, names, weights)
 
     def describe(self) -> dict[str, Any]:
         """Everything, JSON-ready."""

@@ -8,6 +8,7 @@ from torch import nn
 
 from mergeready.errors import BaseMismatchError, MismatchError, NonFiniteError, OptionError
 from mergeready.merging import make_method, merge, method_names
+from tests.merging.methods import built
 from tests.merging.worlds import World, close, equal, make_world, state, summed, tensors_of
 from tests.models import TinyConvNet, perturb, tiny_bert, tiny_gpt2, tiny_llama, token_batch
 
@@ -19,7 +20,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.mark.parametrize("method", method_names())
 def test_folders_state_dicts_and_modules_give_the_same(world: World, tmp_path: Path, method: str) -> None:
-    options = {"method": method, "scale": 0.4, "weights": [1.0, 0.5]}
+    options = {"method": built(method, state(world.base), 2), "scale": 0.4, "weights": [1.0, 0.5]}
     folders = [world.folders[0], world.adapter_folder]
     in_memory = [world.experts[0], world.adapter_folder]
     folder = merge(world.base_folder, folders, output=tmp_path / "out", **options)
@@ -162,4 +163,4 @@ def test_nan_is_named(world: World, method: str) -> None:
     bad["classifier.weight"][0, 0] = float("nan")
     for base in (state(world.base), world.base):
         with pytest.raises(NonFiniteError, match=r"values in state dict: classifier\.weight"):
-            merge(base, [world.experts[1], bad], method)
+            merge(base, [world.experts[1], bad], built(method, state(world.base), 2))

@@ -18,6 +18,7 @@ from mergeready.errors import (
 )
 from mergeready.experts import open_expert
 from mergeready.merging import make_method, merge_folders, method_names
+from tests.merging.methods import built
 from tests.merging.worlds import World, close, equal, make_world, state, summed, tensors_of
 from tests.models import TinyConvNet, perturb, tiny_bert, tiny_gpt2, token_batch
 
@@ -56,8 +57,9 @@ def test_transformers_loads_the_result(world: World, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", method_names())
 def test_shards_hold_the_same(world: World, tmp_path: Path, method: str) -> None:
-    whole = merge_folders(world.base_folder, world.folders, tmp_path / "whole", method)
-    parts = merge_folders(world.base_folder, world.folders, tmp_path / "parts", method, shard_bytes=20_000)
+    made = built(method, state(world.base), 2)
+    whole = merge_folders(world.base_folder, world.folders, tmp_path / "whole", made)
+    parts = merge_folders(world.base_folder, world.folders, tmp_path / "parts", made, shard_bytes=20_000)
     assert len(list(parts.glob("*.safetensors"))) > 3
     assert equal(tensors_of(whole), tensors_of(parts))
     BertForSequenceClassification.from_pretrained(parts)
@@ -245,7 +247,11 @@ def test_an_expert_with_nan_is_named_and_nothing_is_left(
             match=r"values in \S*bad: bert\.pooler\.dense\.weight, classifier\.bias\. Nothing was written",
         ):
             merge_folders(
-                world.base_folder, [world.folders[0], bad], tmp_path / target, method, overwrite=True
+                world.base_folder,
+                [world.folders[0], bad],
+                tmp_path / target,
+                built(method, state(world.base), 2),
+                overwrite=True,
             )
     assert names(tmp_path) == ["bad", "old"]
     assert equal(tensors_of(tmp_path / "old"), before)

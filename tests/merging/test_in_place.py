@@ -14,6 +14,7 @@ from mergeready.errors import BaseMismatchError, NonFiniteError, OptionError
 from mergeready.experts import LiveExpert, open_expert
 from mergeready.merging import MergedInPlace, in_place, merge, merge_folders, method_names
 from tests.experts.test_peft_lora import VARIANTS, Variant, logits, trained
+from tests.merging.methods import built
 from tests.merging.worlds import World, adapted, equal, make_world, state, tensors_of
 from tests.models import TinyConvNet, perturb, tiny_bert, token_batch
 
@@ -45,14 +46,15 @@ def test_a_full_model_equals_the_folders(world: World, method: str, tmp_path: Pa
     model = copy.deepcopy(world.experts[0])
     experts, weights = world.folders, [1.0, 0.5]
     before = bits(model)
-    with MergedInPlace(model, world.base_folder, experts[1:], method, weights=weights) as merged:
+    made = built(method, state(world.base), 2)
+    with MergedInPlace(model, world.base_folder, experts[1:], made, weights=weights) as merged:
         for scale in SCALES:
             merged.set_scale(scale)
             out = merge_folders(
                 world.base_folder,
                 experts,
                 tmp_path / "out",
-                method,
+                made,
                 scale=scale,
                 weights=weights,
                 overwrite=True,
@@ -69,11 +71,12 @@ def test_an_adapter_equals_the_folders(world: World, method: str, base_inside: b
     experts = [world.adapter_folder, world.folders[0]]
     before = bits(model)
     base = None if base_inside else world.base_folder
-    with MergedInPlace(model, base, experts[1:], method) as merged:
+    made = built(method, state(world.base), 2)
+    with MergedInPlace(model, base, experts[1:], made) as merged:
         for scale in SCALES:
             merged.set_scale(scale)
             out = merge_folders(
-                world.base_folder, experts, tmp_path / "out", method, scale=scale, overwrite=True
+                world.base_folder, experts, tmp_path / "out", made, scale=scale, overwrite=True
             )
             assert equal(held(merged.live), tensors_of(out)), scale
     assert bits(model) == before
@@ -193,8 +196,9 @@ def test_without_the_model_and_without_experts_it_is_the_base(plain: World) -> N
 def test_without_the_model_only_the_others_are_merged(plain: World, method: str, tmp_path: Path) -> None:
     model = copy.deepcopy(plain.experts[0])
     others = [plain.folders[1], plain.adapter_folder]
-    out = merge_folders(plain.base_folder, others, tmp_path / "out", method)
-    with MergedInPlace(model, plain.base_folder, others, method, include_model=False) as merged:
+    made = built(method, state(plain.base), 2)
+    out = merge_folders(plain.base_folder, others, tmp_path / "out", made)
+    with MergedInPlace(model, plain.base_folder, others, made, include_model=False) as merged:
         assert equal(held(merged.live), tensors_of(out))
 
 
@@ -285,7 +289,7 @@ def test_nan_is_named_and_the_model_stays_as_it_was(plain: World, method: str, w
         (model.classifier.weight if whose == "own" else other["classifier.weight"])[0, 1] = float("nan")
     before = bits(model)
     label = "this run" if whose == "own" else "state dict"
-    block = MergedInPlace(model, plain.base_folder, [other], method)
+    block = MergedInPlace(model, plain.base_folder, [other], built(method, state(plain.base), 2))
     with pytest.raises(NonFiniteError, match=rf"values in {label}: classifier\.weight"):
         block.__enter__()
     assert bits(model) == before

@@ -5,6 +5,7 @@ from dataclasses import FrozenInstanceError, dataclass
 from typing import Any, ClassVar
 
 import pytest
+import torch
 from torch import Tensor
 
 from mergeready.errors import OptionError
@@ -18,6 +19,7 @@ from mergeready.merging import (
     register,
 )
 from mergeready.merging.registry import _METHODS, require_fraction
+from tests.merging.methods import built
 
 OWN = ["average", "dare_linear", "dare_ties", "task_arithmetic", "ties"]
 
@@ -48,7 +50,8 @@ def test_every_method_is_registered_under_its_name() -> None:
     assert set(OWN) <= set(method_names())
     assert method_names() == sorted(method_names())
     assert all(method_class(name).name == name for name in method_names())
-    assert all(make_method(name).describe()["method"] == name for name in method_names())
+    state = {"layer.weight": torch.zeros(3, 2)}
+    assert all(built(name, state, 2).describe()["method"] == name for name in method_names())
 
 
 def test_parameters_reach_the_method() -> None:
