@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -12,6 +13,26 @@ from mergeready.metrics.norms import NormAccumulator, norm_ratio
 from mergeready.metrics.sign_conflict import SignConflictAccumulator, chance_conflict
 from mergeready.metrics.stream import accumulate
 from mergeready.weights.source import WeightSource
+
+
+class Pairs(Protocol):
+    """What every comparison has, exact or estimated: experts, their norms, and a number a pair."""
+
+    @property
+    def labels(self) -> list[str]:
+        """The experts."""
+
+    @property
+    def norms(self) -> list[float]:
+        """‖τ‖ of each."""
+
+    @property
+    def cosine(self) -> list[list[float]]:
+        """Cosine by pair, a list of rows."""
+
+    @property
+    def sign_conflict(self) -> list[list[float]]:
+        """Share of conflicting signs by pair, a list of rows."""
 
 
 @dataclass(frozen=True)

@@ -94,19 +94,19 @@ def estimate_overlap(a: Fingerprint, b: Fingerprint) -> float:
 
 @dataclass(frozen=True)
 class EstimatedComparison:
-    """Pairwise estimates of many experts, as matrices in the order of ``labels``.
+    """Pairwise estimates of many experts, in the order of ``labels``.
 
     Attributes:
         labels: The experts.
-        norms: ‖τ‖ of each, exact; shape (n,), float64.
-        cosine: Shape (n, n), float32.
-        sign_conflict: Shape (n, n), float32; NaN where two share no sampled coordinate.
+        norms: ‖τ‖ of each, exact.
+        cosine: Cosine by pair, a list of rows.
+        sign_conflict: Share of conflicting signs by pair, a list of rows; NaN where two share no sampled coordinate.
     """
 
     labels: list[str]
-    norms: Tensor
-    cosine: Tensor
-    sign_conflict: Tensor
+    norms: list[float]
+    cosine: list[list[float]]
+    sign_conflict: list[list[float]]
 
 
 def compare_fingerprints(fingerprints: Sequence[Fingerprint], *, block: int = 2**16) -> EstimatedComparison:
@@ -142,9 +142,9 @@ def compare_fingerprints(fingerprints: Sequence[Fingerprint], *, block: int = 2*
     cosine = (sums["product"].double() / norms[:, None] / norms[None, :]).float()
     return EstimatedComparison(
         labels=[f.label for f in fingerprints],
-        norms=norms,
-        cosine=cosine.fill_diagonal_(1.0),
-        sign_conflict=(sums["both"] - sums["balance"]) / (2 * sums["both"]),
+        norms=norms.tolist(),
+        cosine=cosine.fill_diagonal_(1.0).tolist(),
+        sign_conflict=((sums["both"] - sums["balance"]) / (2 * sums["both"])).tolist(),
     )
 
 

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mergeready.metrics.compare import Comparison
+from mergeready.metrics.compare import Pairs
 
 
-def draw_heatmaps(comparison: Comparison, path: Path) -> None:
+def draw_heatmaps(comparison: Pairs, path: Path) -> None:
     """Draw cosine, sign conflict and norm ratio of every pair side by side; the file's suffix is the format."""
     from matplotlib.figure import Figure
 

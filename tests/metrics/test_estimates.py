@@ -102,11 +102,11 @@ def test_many_at_once_are_the_pairs() -> None:
     for i, a in enumerate(found):
         for j, b in enumerate(found):
             if i != j:
-                assert float(table.cosine[i, j]) == pytest.approx(estimate_cosine(a, b).value, abs=1e-5)
-                assert float(table.sign_conflict[i, j]) == pytest.approx(
+                assert table.cosine[i][j] == pytest.approx(estimate_cosine(a, b).value, abs=1e-5)
+                assert table.sign_conflict[i][j] == pytest.approx(
                     estimate_sign_conflict(a, b).value, abs=1e-5
                 )
-    assert table.norms.tolist() == pytest.approx([f.norm for f in found])
+    assert table.norms == pytest.approx([f.norm for f in found])
 
 
 def low_rank(opened: Base, seed: int, pick: list[int]) -> Fingerprint:

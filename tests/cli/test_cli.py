@@ -13,6 +13,7 @@ from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from mergeready import cli
+from mergeready.cli.options import parse_numbers, parse_parameter
 from mergeready.errors import HistoryError
 from mergeready.experts import Base, open_expert
 from mergeready.merging import merge, method_names
@@ -41,6 +42,9 @@ def here(world: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Paths as users type them: relative."""
     monkeypatch.chdir(world)
     return world
+
+
+COMMANDS = ("demo", "merge", "compare", "inspect", "fingerprint")
 
 
 def run(*arguments: object) -> Result:
@@ -316,18 +320,18 @@ class TestParameters:
         ],
     )
     def test_values_have_the_type_they_look_like(self, text: str, value: object) -> None:
-        name, found = cli._parse_parameter(text)
+        name, found = parse_parameter(text)
         assert name == "x"
         assert found == value
         assert type(found) is type(value)
 
     def test_numbers(self) -> None:
-        assert cli._parse_numbers("1,0.5,-2") == [1.0, 0.5, -2.0]
-        assert cli._parse_numbers(None) is None
+        assert parse_numbers("1,0.5,-2") == [1.0, 0.5, -2.0]
+        assert parse_numbers(None) is None
 
 
 class TestHelp:
-    @pytest.mark.parametrize("command", ["demo", "merge", "compare", "inspect"])
+    @pytest.mark.parametrize("command", COMMANDS)
     def test_of_every_command(self, command: str) -> None:
         text = succeed(command, "--help")
         assert f"{command} [OPTIONS]" in text
@@ -335,7 +339,7 @@ class TestHelp:
 
     def test_the_list_of_commands(self) -> None:
         text = succeed("--help")
-        for command in ("demo", "merge", "compare", "inspect"):
+        for command in COMMANDS:
             assert re.search(rf"\b{command}\b", text)
 
     def test_without_a_command(self) -> None:

@@ -1,0 +1,3 @@
+from mergeready.cli import main
+
+main()

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from mergeready.cli.app import BaseOption, ExpertArgument, StrictOption, app, console, open_all
+
+
+@app.command()
+def fingerprint(
+    expert: ExpertArgument,
+    base: BaseOption,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="File to write; NAME.fingerprint.safetensors here by default."),
+    ] = None,
+    label: Annotated[
+        str | None, typer.Option(help="How others shall call the expert; its folder's name by default.")
+    ] = None,
+    budget: Annotated[int, typer.Option(help="Sampled coordinates of the whole model, 2 bytes each.")] = 2
+    ** 18,
+    strict: StrictOption = True,
+) -> None:
+    """Write a small file against which others can measure interference without the expert's weights."""
+    from mergeready.experts.fingerprint import SUFFIX
+    from mergeready.metrics.take_fingerprint import take_fingerprint
+
+    opened_base, [opened] = open_all(base, [expert], strict)
+    made = take_fingerprint(opened.vector, opened_base, label=label, budget=budget)
+    path = made.save(output or Path(made.label + SUFFIX))
+    console().print(
+        f"{escape(made.label)}: norm {made.norm:.4g}, {len(made.shapes)} changed parameters, "
+        f"{path.stat().st_size / 1000:.0f} kB in {escape(str(path))}",
+        highlight=False,
+    )
