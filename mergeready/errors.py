@@ -39,6 +39,14 @@ class OutputExistsError(MergeReadyError, FileExistsError):
     """The output is already there and nobody said that it may be replaced."""
 
 
+class BusyError(MergeReadyError):
+    """Another process is at work on the same output."""
+
+
+class LostRankError(MergeReadyError):
+    """Another process of the same job ended before its part was done."""
+
+
 class EvaluationError(MergeReadyError):
     """An evaluation function raised, or returned something that is no measurement."""
 

@@ -1,29 +1,39 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mergeready.errors import OptionError
+from mergeready.errors import LostRankError, OptionError
 from mergeready.experts.base import Base
-from mergeready.experts.open import Expert, ExpertLike, open_expert
+from mergeready.experts.open import ExpertLike
 from mergeready.experts.record import write_record
-from mergeready.merging.parameter import (
-    add_delta,
-    check_dtype,
-    merged_chunks,
-    raise_if_broken,
-    require_finite_chunk,
-)
+from mergeready.merging.double import Arithmetic, in_arithmetic
+from mergeready.merging.inputs import job_key
+from mergeready.merging.journal import Finished, Journal
+from mergeready.merging.parameter import add_delta, merged_chunks, raise_if_broken
+from mergeready.merging.plan import MergeJob
+from mergeready.merging.ranks import Ranks, open_ranks
 from mergeready.merging.registry import MethodLike
-from mergeready.merging.settings import MergeSettings
-from mergeready.merging.statistics import Statistics, check_statistics, merged_statistic
+from mergeready.merging.rounding import RoundingLoss, rounding_sums
+from mergeready.merging.statistics import Statistics, merged_statistic
+from mergeready.merging.workers import run_bounded
+from mergeready.weights.layout import DEFAULT_SHARD_BYTES, FolderLayout
 from mergeready.weights.open import WeightsLike
-from mergeready.weights.source import TensorInfo, chunk_ranges, is_mergeable
-from mergeready.weights.writer import DEFAULT_SHARD_BYTES, FolderWriter
+from mergeready.weights.resumable import Workspace, resumable_folder
+from mergeready.weights.source import chunk_ranges, is_mergeable
+from mergeready.weights.writer import PieceWriter, copy_companions
+
+Progress = Callable[[int, int], None]
+"""Called from any thread, one call at a time, with bytes moved so far and bytes to move."""
+
+_STOP = "stop"
 
 
 def merge_folders(
@@ -35,16 +45,23 @@ def merge_folders(
     scale: float = 1.0,
     weights: Sequence[float] | None = None,
     dtype: torch.dtype | None = None,
+    arithmetic: Arithmetic = "float32",
     statistics: Statistics = "base",
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     strict: bool = True,
     overwrite: bool = False,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
+    memory: int | None = None,
+    threads: int | None = None,
+    distributed: bool | None = None,
+    progress: Progress | None = None,
     **parameters: Any,
 ) -> Path:
-    """Merge experts into a model folder, parameter by parameter, holding one piece of one parameter at a time.
+    """Merge experts into a model folder, parameter by parameter, in bounded memory.
 
-    Everything is opened and checked before the first byte is written; the folder appears when it is complete.
+    Everything is opened and checked before the first byte is written; the folder appears when it is complete. The
+    result's bytes depend on inputs and settings alone: not on threads, ranks, memory, or how often the merge was
+    interrupted. If the process dies or is interrupted, the same call goes on where it stopped.
 
     Args:
         base: The base that all experts started from.
@@ -54,11 +71,17 @@ def merge_folders(
         scale: Factor on the merged delta.
         weights: One factor an expert; 1 each by default.
         dtype: Floating dtype of merged parameters; the base's own by default.
+        arithmetic: Dtype of sums, ``float32`` or ``float64``.
         statistics: Where running statistics come from: ``base``, or the ``average`` over full experts.
         overrides: What differs for groups of parameters; see ``MergeSettings.make``.
         strict: See ``open_expert``.
         overwrite: Replace ``output`` if it exists.
         shard_bytes: Upper size of one file in bytes.
+        memory: Most memory in bytes that tensors may take together, so that fewer parameters are merged at a time.
+        threads: Number of threads; one a core by default.
+        distributed: Whether to share the work with the other ranks; see ``open_ranks``. All ranks must call then,
+            with paths that lead to the same files.
+        progress: Told how many bytes have been moved, and of how many. On a rank, of its own part.
         **parameters: The method's parameters, such as ``density=0.2``.
 
     Returns:
@@ -66,27 +89,37 @@ def merge_folders(
 
     Raises:
         MergeReadyError: One of the kinds that ``open_expert`` lists; ``OutputExistsError``; ``OptionError``;
-            ``NonFiniteError`` if the result would hold NaN or infinite values. Nothing is left behind then.
+            ``NonFiniteError`` if the result would hold NaN or infinite values; ``BusyError`` if another process is
+            making the same folder. Nothing is left behind then. ``LostRankError`` if another rank died.
     """
-    if not experts:
-        raise OptionError("`experts` is empty: there is nothing to merge.")
-    settings = MergeSettings.make(
-        method, len(experts), scale=scale, weights=weights, overrides=overrides, **parameters
-    )
-    base = Base.open(base)
-    opened = [open_expert(expert, base, strict=strict) for expert in experts]
-    settings.check([expert.vector for expert in opened])
-    _require_apart(Path(output), [base.folder, *(expert.folder for expert in opened)])
-    check_dtype(dtype)
-    check_statistics(statistics)
-    infos = {name: _output_info(name, info, dtype) for name, info in base.source.infos.items()}
-    writer = FolderWriter(output, infos, shard_bytes=shard_bytes, companions=base.folder, overwrite=overwrite)
-    with writer:
-        _write_all(writer, base, opened, settings, statistics)
-        write_record(writer.folder, base.identity, merge=settings.describe() | {"experts": len(opened)})
-        if dtype is not None:
-            _set_config_dtype(writer.folder / "config.json", dtype)
-    return Path(output)
+    output = Path(output)
+    with open_ranks(distributed) as ranks:
+
+        def prepare() -> tuple[MergeJob, str | None]:
+            job = MergeJob.make(
+                base,
+                experts,
+                method,
+                scale=scale,
+                weights=weights,
+                overrides=overrides,
+                dtype=dtype,
+                arithmetic=arithmetic,
+                statistics=statistics,
+                strict=strict,
+                shard_bytes=shard_bytes,
+                memory=memory,
+                threads=threads,
+                **parameters,
+            )
+            _require_apart(output, [job.base.folder, *(expert.folder for expert in job.experts)])
+            return job, job_key(job)
+
+        job, key = ranks.together(prepare)
+        _require_same(ranks, job, key)
+        with _shared_workspace(ranks, output, key, overwrite, job.layout) as workspace:
+            _merge(job, ranks, workspace, memory, progress)
+    return output
 
 
 def _require_apart(output: Path, inputs: Sequence[Path | None]) -> None:
@@ -98,37 +131,165 @@ def _require_apart(output: Path, inputs: Sequence[Path | None]) -> None:
             )
 
 
-def _write_all(
-    writer: FolderWriter,
-    base: Base,
-    experts: Sequence[Expert],
-    settings: MergeSettings,
-    statistics: Statistics,
+def _require_same(ranks: Ranks, job: MergeJob, key: str | None) -> None:
+    facts = key or json.dumps([job.base.identity.fingerprint, job.settings.describe()], default=str)
+    if len(set(ranks.gather(facts))) > 1:
+        raise OptionError("ranks were given different inputs or settings. Start all with the same arguments.")
+
+
+@contextmanager
+def _shared_workspace(
+    ranks: Ranks, output: Path, key: str | None, overwrite: bool, layout: FolderLayout
+) -> Iterator[Workspace]:
+    """The output's workspace with its files made: entered and left by the first rank, known to all."""
+    with ExitStack() as stack:
+
+        def enter() -> Workspace:
+            if not ranks.first:
+                return Workspace.beside(output)
+            workspace = stack.enter_context(resumable_folder(output, key, overwrite=overwrite))
+            (workspace.root / _STOP).unlink(missing_ok=True)
+            if not workspace.resumed:
+                layout.create(workspace.folder)
+                if key is not None:
+                    workspace.set_key(key)
+            return workspace
+
+        yield ranks.together(enter)
+        ranks.together(stack.close)
+
+
+def _merge(
+    job: MergeJob, ranks: Ranks, workspace: Workspace, memory: int | None, progress: Progress | None
 ) -> None:
-    vectors = [expert.vector for expert in experts]
-    broken: list[str] = []
-    for name, info in base.source.infos.items():
+    done = Journal.read(workspace.root)
+    mine = _share(job, ranks)
+
+    def work() -> list[Finished]:
+        try:
+            return _Worker(job, workspace, ranks.rank, mine, done, progress).run(memory)
+        except BaseException:
+            (workspace.root / _STOP).touch()  # so that other ranks need not finish first
+            raise
+
+    parts = ranks.gather(ranks.together(work))
+    finished = {entry.name: entry for part in parts for entry in part}
+    names = list(job.layout.infos)
+    if len(finished) < len(names):
+        raise LostRankError(
+            "another rank of this merge stopped. The same command continues where it stopped."
+        )
+    entries = [finished[name] for name in names]
+    raise_if_broken(
+        [entry.name for entry in entries if entry.broken], [expert.vector for expert in job.experts]
+    )
+    if ranks.first:
+        _write_rest(job, workspace.folder, entries)
+
+
+def _share(job: MergeJob, ranks: Ranks) -> list[str]:
+    """The tensors that a rank writes: whole files where there are enough, the next always to whom has least."""
+    files = [list(file.offsets) for file in job.layout.files]
+    units = files if len(files) >= ranks.count else [[name] for names in files for name in names]
+    loads, shares = [0] * ranks.count, [list[str]() for _ in range(ranks.count)]
+    for unit in units:
+        rank = loads.index(min(loads))
+        loads[rank] += sum(job.layout.infos[name].nbytes for name in unit)
+        shares[rank] += unit
+    return shares[ranks.rank]
+
+
+class _Worker:
+    """One rank's part of a merge."""
+
+    def __init__(
+        self,
+        job: MergeJob,
+        workspace: Workspace,
+        rank: int,
+        names: Sequence[str],
+        done: Mapping[str, Finished],
+        progress: Progress | None,
+    ) -> None:
+        self._job, self._workspace, self._rank = job, workspace, rank
+        self._vectors = [expert.vector for expert in job.experts]
+        self._finished = {name: done[name] for name in names if name in done}
+        self._todo = [name for name in names if name not in done]
+        self._progress = _Meter(job, names, self._finished, progress)
+
+    def run(self, memory: int | None) -> list[Finished]:
+        plan = self._job.plan
+        with ExitStack() as stack:
+            self._writer = stack.enter_context(PieceWriter(self._workspace.folder, self._job.layout))
+            self._journal = Journal(self._workspace.root, self._rank, self._writer.sync)
+            stack.callback(self._journal.close)
+            jobs = ((plan.needs[name], partial(self._do, name)) for name in self._todo)
+            run_bounded(jobs, threads=plan.threads, memory=memory)
+        return list(self._finished.values())
+
+    def _do(self, name: str) -> None:
+        if (self._workspace.root / _STOP).exists():
+            return
+        entry = self._merge_one(name)
+        self._writer.require_whole([name])
+        self._finished[name] = entry
+        self._journal.add(entry, self._job.layout.infos[name].nbytes)
+
+    def _merge_one(self, name: str) -> Finished:
+        job = self._job
+        source = job.base.source
+        info, out = source.infos[name], job.layout.infos[name].dtype
         if not is_mergeable(name, info):
-            writer.write(name, merged_statistic(name, base.source, experts, statistics))
-            continue
-        written = False
-        setting = settings.at(name)
-        for start, stop, delta in merged_chunks(setting.method, name, info, vectors, setting.weights):
-            original = base.source.read_flat(name, start, stop)
-            merged = add_delta(original, delta, setting.scale, writer.infos[name].dtype)
-            require_finite_chunk(merged, name, broken)
-            writer.write(name, merged, start)
-            written = True
-        if not written:
-            for start, stop in chunk_ranges(info):
-                writer.write(name, base.source.read_flat(name, start, stop), start)
-    raise_if_broken(broken, vectors)
+            self._write(name, merged_statistic(name, source, job.experts, job.statistics), 0)
+            return Finished(name)
+        setting = job.settings.at(name)
+        method = in_arithmetic(job.arithmetic, setting.method)
+        change, error, broken, written = 0.0, 0.0, False, False
+        for start, stop, delta in merged_chunks(method, name, info, self._vectors, setting.weights):
+            original = source.read_flat(name, start, stop)
+            merged = add_delta(original, delta, setting.scale, out)
+            moved, lost = rounding_sums(original, delta, setting.scale, merged)
+            change, error, written = change + moved, error + lost, True
+            broken = broken or not bool(torch.isfinite(merged).all())
+            self._write(name, merged, start)
+        for start, stop in chunk_ranges(info) if not written else ():
+            self._write(name, source.read_flat(name, start, stop), start)
+        return Finished(name, change, error, broken)
+
+    def _write(self, name: str, values: torch.Tensor, start: int) -> None:
+        self._writer.write(name, values, start)
+        self._progress.add(values.numel() * self._job.layout.infos[name].dtype.itemsize)
 
 
-def _output_info(name: str, info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
-    if dtype is None or not is_mergeable(name, info):
-        return info
-    return TensorInfo(info.shape, dtype)
+class _Meter:
+    """Counts written bytes and tells them as bytes moved: reading takes its share of the time evenly."""
+
+    def __init__(
+        self, job: MergeJob, names: Sequence[str], finished: Mapping[str, Finished], told: Progress | None
+    ) -> None:
+        infos, plan = job.layout.infos, job.plan
+        self._whole = max(sum(infos[name].nbytes for name in names), 1)
+        self._written = 0
+        self._factor = (plan.read_bytes + plan.write_bytes) / max(plan.write_bytes, 1)
+        self._told, self._lock = told, threading.Lock()
+        self.add(sum(infos[name].nbytes for name in finished))
+
+    def add(self, nbytes: int) -> None:
+        if self._told is not None:
+            with self._lock:
+                self._written += nbytes
+                self._told(int(self._written * self._factor), int(self._whole * self._factor))
+
+
+def _write_rest(job: MergeJob, folder: Path, entries: Sequence[Finished]) -> None:
+    """Everything but the weights."""
+    if job.base.folder is not None:
+        copy_companions(job.base.folder, folder)
+    job.layout.write_index(folder)
+    facts = job.settings.describe() | {"experts": len(job.experts)}
+    write_record(folder, job.base.identity, merge=facts, rounding=RoundingLoss.of(entries).describe())
+    if job.dtype is not None:
+        _set_config_dtype(folder / "config.json", job.dtype)
 
 
 def _set_config_dtype(config: Path, dtype: torch.dtype) -> None:

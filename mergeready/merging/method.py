@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mergeready.experts.delta import Delta
 from mergeready.experts.task_vector import TaskVector
-from mergeready.weights.source import TensorInfo
+from mergeready.weights.source import CHUNK_ELEMENTS, TensorInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +34,20 @@ class MergeMethod(ABC):
 
     Attributes:
         name: The method's name in the registry.
+        passes: How often each expert's delta is read; for plans.
     """
 
     name: ClassVar[str]
+    passes: ClassVar[int] = 1
+
+    @abstractmethod
+    def scratch_bytes(self, info: TensorInfo, experts: int) -> int:
+        """Most memory in bytes that merging a parameter takes: an upper estimate, for plans and bounds.
+
+        Args:
+            info: The parameter.
+            experts: Number of experts.
+        """
 
     def describe(self) -> dict[str, Any]:
         """The method and its parameters, JSON-ready."""
@@ -62,6 +73,10 @@ class ElementwiseMethod(MergeMethod):
 
     Such methods run on pieces of any size, out of core and on shards, with identical results.
     """
+
+    def scratch_bytes(self, info: TensorInfo, experts: int) -> int:
+        # A delta and what is read for it, of every expert; base, sum, result and what the method makes meanwhile.
+        return min(info.numel, CHUNK_ELEMENTS) * 4 * (2 * experts + 10)
 
     def prepare(self, vector: TaskVector, name: str, slot: int) -> Any:
         """What ``combine`` needs to know about one expert's whole delta, such as a threshold.
@@ -127,6 +142,10 @@ class MatrixMethod(MergeMethod):
     def handles(self, name: str, info: TensorInfo) -> bool:
         """Whether a parameter is merged by this method, rather than by ``rest``."""
         return len(info.shape) > 1
+
+    def scratch_bytes(self, info: TensorInfo, experts: int) -> int:
+        # All deltas whole, and as much again for each decomposition and for putting the result together.
+        return info.numel * 4 * (3 * experts + 6)
 
     @abstractmethod
     def combine_matrices(

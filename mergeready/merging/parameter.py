@@ -69,11 +69,11 @@ def merged_delta(
 
 
 def add_delta(base: Tensor, delta: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """``base + scale · delta`` in fp32, rounded once to ``dtype``.
+    """``base + scale · delta`` in the delta's precision, rounded once to ``dtype``.
 
     In two steps for the reason given at :func:`mergeready.merging.method.weighted_sum`.
     """
-    return delta.mul(scale).add_(base.to(device=delta.device, dtype=torch.float32)).to(dtype)
+    return delta.mul(scale).add_(base.to(delta)).to(dtype)
 
 
 def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:

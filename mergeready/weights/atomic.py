@@ -43,15 +43,14 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                sync_file(file)
-        _take_place(temporary, path)
+        sync_tree(temporary)
+        take_place(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _take_place(temporary: Path, path: Path) -> None:
+def take_place(temporary: Path, path: Path) -> None:
+    """Rename a complete folder to ``path``; what was there is moved aside first and deleted last."""
     old = _beside(path) if path.exists() else None
     if old is not None:
         path.rename(old)
@@ -75,6 +74,13 @@ def sync_file(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush all files of a folder to the disk."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            sync_file(file)
 
 
 def sync_folder(path: Path) -> None:

@@ -227,7 +227,7 @@ def test_an_exception_inside_leaves_no_trace(
 
 
 def test_an_incomplete_write_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match="out was left incomplete: 1 tensors, first a"):
+    with pytest.raises(FormatError, match="out cannot be finished: 1 tensors were left incomplete, first a"):
         write_too_little(tmp_path / "out")
     assert names(tmp_path) == []
 

@@ -1,0 +1,63 @@
+"""What is lost where merged values are rounded to the dtype of the output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergeready.merging.journal import Finished
+
+_WORST = 5
+
+
+def rounding_sums(base: Tensor, delta: Tensor, scale: float, merged: Tensor) -> tuple[float, float]:
+    """‖c‖² and ‖(m − b) − c‖² of one piece, for base b, change c = scale · delta and the rounded result m."""
+    change = delta * scale
+    error = merged.to(change).sub(base.to(change)).sub_(change)
+    return float(torch.dot(change, change)), float(torch.dot(error, error))
+
+
+@dataclass(frozen=True)
+class RoundingLoss:
+    """How much of the merged change rounding loses, relative to it: ‖error‖ / ‖change‖.
+
+    Base weights are much larger than what fine-tuning does to them, so a result of few digits keeps few of the change:
+    bfloat16 has 8 bits, and a change of 1 % of a weight keeps one or two of them.
+
+    Attributes:
+        total: Of all parameters together.
+        worst: Of the parameters that lose most, most first.
+    """
+
+    total: float
+    worst: dict[str, float]
+
+    @classmethod
+    def of(cls, finished: Iterable[Finished]) -> RoundingLoss:
+        """Sum up what each parameter lost.
+
+        >>> loss = RoundingLoss.of([Finished("a", change=4.0, error=1.0), Finished("b", change=12.0, error=0.0)])
+        >>> loss.total, loss.worst
+        (0.25, {'a': 0.5})
+        """
+        changed = [entry for entry in finished if entry.change > 0]
+        shares = {entry.name: _digits(math.sqrt(entry.error / entry.change)) for entry in changed}
+        worst = sorted((name for name in shares if shares[name] > 0), key=lambda name: (-shares[name], name))
+        whole = math.fsum(entry.change for entry in changed)
+        lost = math.fsum(entry.error for entry in changed)
+        total = _digits(math.sqrt(lost / whole)) if whole else 0.0
+        return cls(total, {name: shares[name] for name in worst[:_WORST]})
+
+    def describe(self) -> dict[str, Any]:
+        """Everything, JSON-ready."""
+        return {"total": self.total, "worst": self.worst}
+
+
+def _digits(value: float) -> float:
+    """Four significant digits: more would only tell how the sum was rounded."""
+    return float(f"{value:.4g}")
