@@ -6,11 +6,11 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from mergeready import __version__
 from mergeready.merging.plan import MergeJob
 
 _WHOLE, _BLOCK, _BLOCKS = 2**20, 2**12, 64
@@ -23,7 +23,7 @@ def job_key(job: MergeJob) -> str | None:
     if len(known) < len(folders):
         return None
     facts = {
-        "versions": [__version__, torch.__version__],
+        "versions": [version("mergeready"), torch.__version__],
         "merge": job.settings.describe(),
         "options": [job.statistics, job.arithmetic, str(job.dtype)],
         "names": [sorted(expert.vector) for expert in job.experts],
