@@ -40,14 +40,16 @@ class MergeMethod(ABC):
     name: ClassVar[str]
     passes: ClassVar[int] = 1
 
-    @abstractmethod
     def scratch_bytes(self, info: TensorInfo, experts: int) -> int:
         """Most memory in bytes that merging a parameter takes: an upper estimate, for plans and bounds.
+
+        By itself all deltas whole, as much again for a decomposition of each and for joining them, and the result.
 
         Args:
             info: The parameter.
             experts: Number of experts.
         """
+        return info.numel * 4 * (3 * experts + 6)
 
     def describe(self) -> dict[str, Any]:
         """The method and its parameters, JSON-ready."""
@@ -142,10 +144,6 @@ class MatrixMethod(MergeMethod):
     def handles(self, name: str, info: TensorInfo) -> bool:
         """Whether a parameter is merged by this method, rather than by ``rest``."""
         return len(info.shape) > 1
-
-    def scratch_bytes(self, info: TensorInfo, experts: int) -> int:
-        # All deltas whole, and as much again for each decomposition and for putting the result together.
-        return info.numel * 4 * (3 * experts + 6)
 
     @abstractmethod
     def combine_matrices(
