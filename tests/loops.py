@@ -43,7 +43,13 @@ def load(world: Path) -> BertForSequenceClassification:
 
 def options(world: Path, **changes: Any) -> dict[str, Any]:
     """The arguments that every shell takes."""
-    probe = Probe(merge=["ties", "task_arithmetic"], evaluate=right_or_wrong(), schedule=Schedule(every=3))
+    probe = Probe(
+        merge=["ties", "task_arithmetic"],
+        scales=(0.4, 0.8),
+        max_evaluations=3,
+        evaluate=right_or_wrong(),
+        schedule=Schedule(every=3, geometric=False),
+    )
     return {
         "base": world / "base",
         "peers": [world / "peer-1", world / "peer-2"],
@@ -100,6 +106,52 @@ def lightning_trainer(folder: Path, *callbacks: Any, **changes: Any) -> pl.Train
     return pl.Trainer(callbacks=list(callbacks), **(settings | changes))
 
 
+class Crash(Exception):
+    """What ends a run in the middle."""
+
+
+class Saving:
+    """How a test run saves, crashes and resumes.
+
+    Attributes:
+        every: Save a checkpoint every so many steps; None for never.
+        crash: Crash after this step.
+        resume: Start from the newest checkpoint.
+        die: How to crash.
+    """
+
+    def __init__(
+        self,
+        every: int | None = None,
+        crash: int | None = None,
+        resume: bool = False,
+        die: Callable[[], None] | None = None,
+    ) -> None:
+        self.every, self.crash, self.resume = every, crash, resume
+        self._die = die
+
+    def after(self, step: int) -> None:
+        if step == self.crash:
+            if self._die is not None:
+                self._die()
+            raise Crash
+
+    def newest(self, folder: Path) -> Path | None:
+        found = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+        return found[-1] if self.resume else None
+
+
+class Crasher(pl.Callback):
+    def __init__(self, saving: Saving) -> None:
+        self.saving = saving
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.saving.after(trainer.global_step)
+
+
+NEVER = Saving()
+
+
 def run_transformers(world: Path, folder: Path, **changes: Any) -> nn.Module:
     model = load(world)
     trainer = make_trainer(
@@ -115,62 +167,82 @@ def run_transformers(world: Path, folder: Path, **changes: Any) -> nn.Module:
     return model
 
 
-def run_lightning(world: Path, folder: Path, **changes: Any) -> nn.Module:
+def run_lightning(world: Path, folder: Path, saving: Saving = NEVER, **changes: Any) -> nn.Module:
     model = load(world)
-    callback = mergeready.lightning.MergeReadyCallback(**options(world, **changes))
-    lightning_trainer(folder, callback).fit(Lit(model), loader())
+    callbacks = [mergeready.lightning.MergeReadyCallback(**options(world, **changes)), Crasher(saving)]
+    if saving.every:
+        callbacks.append(
+            pl.callbacks.ModelCheckpoint(
+                folder, "checkpoint-{step}", every_n_train_steps=saving.every, save_top_k=-1
+            )
+        )
+    lightning_trainer(folder, *callbacks).fit(Lit(model), loader(), ckpt_path=saving.newest(folder))
     return model
 
 
-def run_accelerate(world: Path, folder: Path, **changes: Any) -> nn.Module:
+def run_accelerate(world: Path, folder: Path, saving: Saving = NEVER, **changes: Any) -> nn.Module:
     accelerator = Accelerator(cpu=True, project_dir=str(folder))
     model = load(world)
     prepared, optimizer, data = accelerator.prepare(model, optimizer_of(model), loader())
     monitor = mergeready.accelerate.MergeReadyLoop(accelerator, **options(world, **changes))
+    if checkpoint := saving.newest(folder):
+        accelerator.load_state(str(checkpoint))
     monitor.prepare(prepared, total_steps=STEPS)
-    for batch in batches(data):
-        accelerator.backward(prepared(**batch).loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        monitor.step()
-        if monitor.should_stop or monitor.steps == STEPS:
-            break
-    monitor.finish()
+    save = lambda path: accelerator.save_state(str(path))  # noqa: E731
+    _drive(monitor, prepared, optimizer, data, folder, saving, save, accelerator.backward)
     return model
 
 
-def run_fabric(world: Path, folder: Path, **changes: Any) -> nn.Module:
+def run_fabric(world: Path, folder: Path, saving: Saving = NEVER, **changes: Any) -> nn.Module:
     fabric = Fabric(accelerator="cpu")
     model = load(world)
     prepared, optimizer = fabric.setup(model, optimizer_of(model))
     data = fabric.setup_dataloaders(loader())
     monitor = mergeready.fabric.MergeReadyLoop(fabric, folder / "mergeready", **options(world, **changes))
+    state = {"model": prepared, "optimizer": optimizer, "monitor": monitor}
+    if checkpoint := saving.newest(folder):
+        fabric.load(checkpoint, state)
     monitor.prepare(prepared, total_steps=STEPS)
-    for batch in batches(data):
-        fabric.backward(prepared(**batch).loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        monitor.step()
-        if monitor.should_stop or monitor.steps == STEPS:
-            break
-    monitor.finish()
+    save = lambda path: fabric.save(path, state)  # noqa: E731
+    _drive(monitor, prepared, optimizer, data, folder, saving, save, fabric.backward)
     return model
 
 
-def run_plain(world: Path, folder: Path, **changes: Any) -> nn.Module:
+def run_plain(world: Path, folder: Path, saving: Saving = NEVER, **changes: Any) -> nn.Module:
     model = load(world)
     optimizer = optimizer_of(model)
     monitor = mergeready.MergeReadyLoop(folder / "mergeready", **options(world, **changes))
+    parts = {"model": model, "optimizer": optimizer, "monitor": monitor}
+    if checkpoint := saving.newest(folder):
+        for name, state in torch.load(checkpoint, weights_only=True).items():
+            parts[name].load_state_dict(state)
     monitor.prepare(model, total_steps=STEPS)
-    for batch in batches(loader()):
-        model(**batch).loss.backward()
+    save = lambda path: torch.save({n: part.state_dict() for n, part in parts.items()}, path)  # noqa: E731
+    _drive(monitor, model, optimizer, loader(), folder, saving, save, Tensor.backward)
+    return model
+
+
+def _drive(
+    monitor: mergeready.MergeReadyLoop,
+    model: nn.Module,
+    optimizer: Any,
+    data: Any,
+    folder: Path,
+    saving: Saving,
+    save: Callable[[Path], None],
+    backward: Callable[[Tensor], None],
+) -> None:
+    for batch in batches(data, monitor.steps):
+        backward(model(**batch).loss)
         optimizer.step()
         optimizer.zero_grad()
         monitor.step()
-        if monitor.should_stop or monitor.steps == STEPS:
+        saving.after(monitor.steps)
+        if saving.every and monitor.steps % saving.every == 0:
+            save(folder / f"checkpoint-{monitor.steps}")
+        if monitor.should_stop or monitor.steps >= STEPS:
             break
     monitor.finish()
-    return model
 
 
 Run = Callable[..., nn.Module]

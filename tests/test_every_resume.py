@@ -1,0 +1,127 @@
+"""A run that crashes and is resumed under any trainer ends as one that was never interrupted, bit by bit.
+
+The transformers Trainer has its own tests of this in test_transformers.py.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertForSequenceClassification
+
+from mergeready import Picks, Probe, Schedule, read_history
+from mergeready.errors import HistoryError
+from tests import loops
+from tests.loops import RUNS, Crash, Saving, make_world
+from tests.models import tiny_bert
+from tests.trainers import right_or_wrong
+
+NAMES = [name for name in RUNS if name != "transformers"]
+HISTORY = "mergeready/history.jsonl"
+PARETO: dict[str, Any] = {"picks": Picks(pareto=2)}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    world = make_world(tmp_path_factory.mktemp("world"))
+    weights = RUNS["plain"](world, world / "whole", Saving(every=4), **PARETO).state_dict()
+    torch.save(weights, world / "whole.pt")
+    return world
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+    return {
+        path.relative_to(folder): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "config.json"
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_crashed_and_resumed_equals_uninterrupted(world: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(Crash):
+        RUNS[name](world, tmp_path, Saving(every=4, crash=11), **PARETO)
+    assert read_history(tmp_path / HISTORY)[-1].step == 10
+    model = RUNS[name](world, tmp_path, Saving(every=4, resume=True), **PARETO)
+    expected = torch.load(world / "whole.pt")
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+    ours, whole = tmp_path / "mergeready", world / "whole/mergeready"
+    assert (ours / "history.jsonl").read_bytes() == (whole / "history.jsonl").read_bytes()
+    assert files(ours / "picks") == files(whole / "picks")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_changed_peers_and_methods_on_resume_are_recorded(world: Path, tmp_path: Path, name: str) -> None:
+    RUNS[name](world, tmp_path, Saving(every=8))
+    probe = Probe(merge="average", evaluate=right_or_wrong(), schedule=Schedule(every=3))
+    RUNS[name](world, tmp_path, Saving(resume=True), peers=[world / "peer-1"], probe=probe)
+    history = read_history(tmp_path / HISTORY)
+    [changed] = [record for record in history if record.kind == "resume"]
+    assert changed.step == 8
+    assert set(changed.changed) == {"peers", "methods"}
+    assert [set(probe.merges) for probe in history.probes if probe.step > 8] == [{"average"}] * 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_resume_without_a_given_base_finds_the_snapshot(
+    world: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On resume the model holds trained weights before any event: they must not be taken for the base."""
+
+    def nameless(folder: Path) -> Any:
+        model = BertForSequenceClassification.from_pretrained(folder / "base").train()
+        model.config._name_or_path = ""  # else the folder it was loaded from would be found again
+        return model
+
+    monkeypatch.setattr(loops, "load", nameless)
+    changes: dict[str, Any] = {"base": None, "probe": None}
+    with pytest.raises(Crash):
+        RUNS[name](world, tmp_path, Saving(every=4, crash=11), **changes)
+    assert (tmp_path / "mergeready/base").is_dir()
+    RUNS[name](world, tmp_path, Saving(resume=True), **changes)
+    norms = {record.step: record.norm for record in read_history(tmp_path / HISTORY).metrics}
+    assert norms == {record.step: record.norm for record in read_history(world / "whole" / HISTORY).metrics}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_resume_without_any_base_is_refused(
+    world: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Crash):
+        RUNS[name](world, tmp_path, Saving(every=4, crash=11), probe=None)
+    other = make_world(tmp_path / "other")
+    monkeypatch.setattr(loops, "load", lambda folder: tiny_bert())
+    with pytest.raises(HistoryError, match="Pass `base`"):
+        RUNS[name](other, tmp_path, Saving(resume=True), base=None, probe=None)
+
+
+CHILD = """
+import os, signal, sys, torch
+torch.set_num_threads(1)  # as in the tests: other numbers of threads round differently
+from pathlib import Path
+from tests.loops import RUNS, Saving
+from tests.test_every_resume import PARETO
+name, world, folder, at = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
+kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
+RUNS[name](world, folder, Saving(every=4, crash=at, die=kill), **PARETO)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "at"), [("accelerate", 6), ("accelerate", 9), ("lightning", 9), ("plain", 7)]
+)
+def test_killed_and_resumed_equals_uninterrupted(world: Path, tmp_path: Path, name: str, at: int) -> None:
+    arguments = [name, str(world), str(tmp_path), str(at)]
+    done = subprocess.run([sys.executable, "-c", CHILD, *arguments], check=False)
+    assert done.returncode == -signal.SIGKILL
+    RUNS[name](world, tmp_path, Saving(every=4, resume=True), **PARETO)
+    ours, whole = tmp_path / "mergeready", world / "whole/mergeready"
+    assert (ours / "history.jsonl").read_bytes() == (whole / "history.jsonl").read_bytes()
+    assert files(ours / "picks") == files(whole / "picks")
