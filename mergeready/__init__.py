@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mergeready.training.picks import Picks
     from mergeready.training.policies import AllOf, AnyOf, Decision, ExpertPlateau, MergedPlateau, NormBudget
     from mergeready.training.probe import Probe
+    from mergeready.training.recalibrate import Recalibration, recalibrate
     from mergeready.training.schedule import Schedule
     from mergeready.training.surrogates import Surrogates
 
@@ -49,6 +50,7 @@ _PLACES = {
         "NormBudget",
     ],
     "mergeready.training.probe": ["Probe"],
+    "mergeready.training.recalibrate": ["Recalibration", "recalibrate"],
     "mergeready.training.schedule": ["Schedule"],
     "mergeready.training.surrogates": ["Surrogates"],
 }
@@ -74,6 +76,7 @@ __all__ = [
     "Peer",
     "Picks",
     "Probe",
+    "Recalibration",
     "Schedule",
     "Surrogates",
     "TaskVector",
@@ -84,6 +87,7 @@ __all__ = [
     "merge_folders",
     "open_expert",
     "read_history",
+    "recalibrate",
     "tune_scale",
 ]
 

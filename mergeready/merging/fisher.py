@@ -92,7 +92,7 @@ class Fisher(ElementwiseMethod):
         if information.shape(slot, place.name) is None:
             return torch.zeros_like(like)
         values = information.read_flat(slot, place.name, place.start, place.stop)
-        values = values.to(device=like.device, dtype=torch.float32, copy=True)
+        values = values.to(device=like.device, dtype=like.dtype, copy=True)
         if not bool((torch.isfinite(values) & (values >= 0)).all()):
             raise NonFiniteError(
                 f"{information.sources[slot].label} holds values of {place.name} that are no Fisher information: NaN, "

@@ -21,7 +21,9 @@ from mergeready.merging.parameter import (
 )
 from mergeready.merging.registry import MethodLike
 from mergeready.merging.settings import MergeSettings
+from mergeready.merging.statistics import expert_statistics, warn_if_stale
 from mergeready.weights.guard import untouched
+from mergeready.weights.module import ModuleSource
 from mergeready.weights.open import WeightsLike
 
 
@@ -72,7 +74,11 @@ class MergedInPlace:
         **parameters: Any,
     ) -> None:
         self.live = model if isinstance(model, LiveExpert) else LiveExpert(model, base)
-        opened = [open_expert(expert, self.live.base, strict=False).vector for expert in experts]
+        others = [open_expert(expert, self.live.base, strict=False) for expert in experts]
+        opened = [expert.vector for expert in others]
+        if others:
+            own = [("this run", ModuleSource(self.live.model))] if include_model else []
+            warn_if_stale(self.live.base.source, [*own, *expert_statistics(others)], "the model's own")
         self.vectors: list[TaskVector] = [self.live.vector, *opened] if include_model else opened
         self._settings = MergeSettings.make(
             method, len(self.vectors), scale=scale, weights=weights, overrides=overrides, **parameters

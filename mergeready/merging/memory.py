@@ -10,7 +10,13 @@ from mergeready.experts.base import Base
 from mergeready.experts.open import Expert
 from mergeready.merging.parameter import add_delta, merged_delta, raise_if_broken, require_finite_chunk
 from mergeready.merging.settings import MergeSettings
-from mergeready.merging.statistics import Statistics, merged_statistic
+from mergeready.merging.statistics import (
+    KEPT,
+    Statistics,
+    expert_statistics,
+    merged_statistic,
+    warn_if_stale,
+)
 from mergeready.weights.module import module_parameters, plain_name, unwrap
 from mergeready.weights.source import is_mergeable
 
@@ -30,6 +36,7 @@ def merge_state(
     """
     vectors = [expert.vector for expert in experts]
     settings.check(vectors)
+    warn_if_stale(base.source, expert_statistics(experts), KEPT[statistics])
     state: dict[str, Tensor] = {}
     broken: list[str] = []
     for name, info in base.source.infos.items():

@@ -17,7 +17,13 @@ from mergeready.merging.method import MatrixMethod, MergeMethod
 from mergeready.merging.parameter import check_dtype
 from mergeready.merging.registry import MethodLike, make_method
 from mergeready.merging.settings import MergeSettings
-from mergeready.merging.statistics import Statistics, check_statistics
+from mergeready.merging.statistics import (
+    KEPT,
+    Statistics,
+    check_statistics,
+    expert_statistics,
+    warn_if_stale,
+)
 from mergeready.merging.workers import check_threads
 from mergeready.weights.layout import DEFAULT_SHARD_BYTES, FolderLayout
 from mergeready.weights.open import WeightsLike
@@ -144,6 +150,7 @@ class MergeJob:
         base = Base.open(base)
         opened = tuple(open_expert(expert, base, strict=strict) for expert in experts)
         settings.check([expert.vector for expert in opened])
+        warn_if_stale(base.source, expert_statistics(opened), KEPT[statistics])
         infos = {name: _output_info(name, info, dtype) for name, info in base.source.infos.items()}
         layout = FolderLayout.plan(infos, shard_bytes=shard_bytes)
         plan = _plan(base, opened, settings, layout, memory, count)

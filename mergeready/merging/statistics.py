@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Sequence
 from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from mergeready.errors import MismatchError, OptionError
+from mergeready.errors import MismatchError, OptionError, listing
 from mergeready.experts.open import Expert
 from mergeready.weights.names import match_names
 from mergeready.weights.source import WeightSource
 
+logger = logging.getLogger("mergeready")
+
 Statistics: TypeAlias = Literal["base", "average"]
+
+StatisticsOf: TypeAlias = Sequence[tuple[str, WeightSource | None]]
+
+_RUNNING = (".running_mean", ".running_var")
 
 
 def check_statistics(how: Statistics) -> Statistics:
@@ -25,6 +33,10 @@ def check_statistics(how: Statistics) -> Statistics:
     if how not in get_args(Statistics):
         raise OptionError(f"`statistics` must be base or average, not {how!r}.")
     return how
+
+
+KEPT = {"base": "the base's", "average": "the experts' average, which no data gave"}
+"""What a merge's statistics are, in words."""
 
 
 def merged_statistic(name: str, base: WeightSource, experts: Sequence[Expert], how: Statistics) -> Tensor:
@@ -47,6 +59,68 @@ def merged_statistic(name: str, base: WeightSource, experts: Sequence[Expert], h
     read = [_read(name, base, expert.statistics) for expert in experts if expert.statistics is not None]
     found = [tensor.cpu().double() for tensor in read if tensor is not None]
     return torch.stack(found).mean(0).to(value) if found else value
+
+
+def live_layers(base: WeightSource, expert: WeightSource) -> tuple[str, ...]:
+    """The layers whose running statistics moved while an expert was trained, by their names in the base.
+
+    An expert that was trained with frozen BatchNorm has exactly the base's statistics, up to its own dtype. One
+    that was trained with live statistics has others in every layer that saw data.
+
+    Example:
+        >>> from mergeready.weights import StateDictSource
+        >>> base = {"norm.running_mean": torch.zeros(2), "norm.running_var": torch.ones(2)}
+        >>> expert = base | {"norm.running_mean": torch.tensor([0.0, 0.1])}
+        >>> live_layers(StateDictSource(base), StateDictSource(expert))
+        ('norm',)
+    """
+    layers: dict[str, None] = {}
+    for name in base.infos:
+        if name.endswith(_RUNNING):
+            layer, _, _ = name.rpartition(".")
+            own = None if layer in layers else _read(name, base, expert)
+            if own is not None and not torch.equal(own.cpu(), base.read(name).to("cpu", own.dtype)):
+                layers[layer] = None
+    return tuple(layers)
+
+
+def live_experts(base: WeightSource, statistics: StatisticsOf) -> list[tuple[str, tuple[str, ...]]]:
+    """The experts that were trained with live statistics: their labels, and the layers concerned.
+
+    Args:
+        base: The base.
+        statistics: Experts' labels, with the source of their running statistics or None where they have none.
+    """
+    found = [(label, live_layers(base, source)) for label, source in statistics if source is not None]
+    return [(label, layers) for label, layers in found if layers]
+
+
+def warn_if_stale(base: WeightSource, statistics: StatisticsOf, kept: str) -> None:
+    """Warn, once for each set of experts, if a merge's running statistics belong to no data that it will see.
+
+    Args:
+        base: The base.
+        statistics: See :func:`live_experts`.
+        kept: Whose statistics the merged model has, for the message.
+    """
+    live = live_experts(base, statistics)
+    if live:
+        layers = len({layer for _, found in live for layer in found})
+        _warn_once(
+            f"{listing(label for label, _ in live)}: trained with live BatchNorm statistics ({layers} layers), while "
+            f"the merged model has {kept}. Evaluated like this it looks worse than it is: recompute them first, with "
+            "mergeready.recalibrate."
+        )
+
+
+def expert_statistics(experts: Sequence[Expert]) -> StatisticsOf:
+    """Experts' labels, with the source of their running statistics."""
+    return [(expert.label, expert.statistics) for expert in experts]
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning("%s", message)
 
 
 def _read(name: str, base: WeightSource, source: WeightSource) -> Tensor | None:
