@@ -44,7 +44,7 @@ def here(world: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return world
 
 
-COMMANDS = ("demo", "merge", "compare", "inspect", "fingerprint")
+COMMANDS = ("demo", "merge", "compare", "inspect", "fingerprint", "validate")
 
 
 def run(*arguments: object) -> Result:

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from mergeready.cli.app import ExpertArgument, app, console
+from mergeready.errors import MergeReadyError
+
+if TYPE_CHECKING:
+    from mergeready.validation import Report
+
+_COLOURS = {"passed": "green", "failed": "red", "not checked": "yellow"}
+_COULD_NOT_RUN = 2
+
+
+@app.command()
+def validate(
+    expert: ExpertArgument,
+    base: Annotated[str | None, typer.Option("-b", "--base", help="Folder or hub id of its base.")] = None,
+    peers: Annotated[
+        list[str] | None,
+        typer.Option("--peers", help="Another expert on the base; may be given several times."),
+    ] = None,
+    level: Annotated[
+        Literal["file", "base", "behaviour", "composition"], typer.Option(help="The deepest level to check.")
+    ] = "composition",
+    fail_on: Annotated[
+        Literal["error", "warning", "info"], typer.Option(help="Least severity that makes the exit code 1.")
+    ] = "error",
+    thresholds: Annotated[Path | None, typer.Option(help="YAML file with thresholds of your own.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Also write the report as JSON.")
+    ] = None,
+) -> None:
+    """Check an expert before it is shared. Exit code 0: nothing failed; 1: something did; 2: it could not run."""
+    from mergeready.validation import validate as run_checks
+    from mergeready.weights.atomic import new_file
+
+    try:
+        report = run_checks(expert, base, peers=peers or (), level=level, thresholds=thresholds)
+        if output is not None:
+            with new_file(output) as temporary:
+                temporary.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+    except (MergeReadyError, OSError) as error:
+        Console(stderr=True).print(
+            f"[bold red]could not run:[/] {escape(str(error))}", highlight=False, soft_wrap=True
+        )
+        sys.exit(_COULD_NOT_RUN)
+    _print_report(console(), report)
+    sys.exit(report.exit_code(fail_on))
+
+
+def _print_report(screen: Console, report: Report) -> None:
+    from rich.table import Table
+
+    table = Table(title=escape(report.expert), title_justify="left")
+    for column in ("check", "level", "verdict", "what was found"):
+        table.add_column(column)
+    for verdict in report.verdicts:
+        severity = f" ({verdict.severity})" if verdict.status == "failed" else ""
+        message = f"{escape(verdict.title)}: {escape(verdict.message)}"
+        if verdict.fix:
+            message += f"\n[bold]fix:[/] {escape(verdict.fix)}"
+        status = f"[{_COLOURS[verdict.status]}]{verdict.status}{severity}[/]"
+        table.add_row(verdict.id, verdict.level, status, message)
+    screen.print(table, highlight=False)
+    screen.print(_summary(report), highlight=False)
+
+
+def _summary(report: Report) -> str:
+    counts = {status: sum(v.status == status for v in report.verdicts) for status in _COLOURS}
+    text = ", ".join(f"{count} {status}" for status, count in counts.items())
+    unchecked = _unchecked(report)
+    if unchecked:
+        return f"{text}. Not a verdict on merging: nothing was checked on the level of {' and '.join(unchecked)}."
+    return f"{text}. {'Merge-ready.' if report.is_merge_ready else 'Not merge-ready.'}"
+
+
+def _unchecked(report: Report) -> Sequence[str]:
+    from mergeready.validation.check import LEVELS
+
+    return [level for level in LEVELS if level not in report.levels_checked]

@@ -1,0 +1,119 @@
+"""What an expert says about itself to people: its card, licence and provenance, and what it should not say."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import yaml
+
+from mergeready.errors import MergeReadyError, listing
+from mergeready.experts.record import read_record
+from mergeready.validation.check import Limits, NotCheckedError, Result, check, failed, passed
+from mergeready.validation.subject import Subject
+from mergeready.weights.safetensors_file import SafetensorsFile
+
+_FIELDS = ("base_model", "license")
+_PRIVATE = {
+    "a local path": re.compile(
+        r"(?<![\w:/.])(?:/(?:home|root|Users|tmp|mnt|data|scratch|workspace)/[^\s\"'`)]+|[A-Za-z]:\\\\?[^\s\"']+)"
+    ),
+    "an access token": re.compile(
+        r"\b(?:hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{30,}|gh[pousr]_[A-Za-z0-9]{30,})\b"
+    ),
+    "an e-mail address": re.compile(r"\b[\w.+-]+@[\w-]+\.[\w.-]*[a-z]{2,}\b"),
+}
+_TEXTS = ("*.json", "*.md", "*.yaml", "*.yml", "*.txt")
+_LARGEST_TEXT = 1_000_000
+
+
+@check(
+    "F007",
+    "file",
+    "warning",
+    "no local path, access token or e-mail address is in its files",
+    fix="Replace local paths by hub ids and delete the rest; a token that was shared must be revoked.",
+)
+def nothing_private(subject: Subject, limits: Limits) -> Result:
+    """Looks through small text files and safetensors' metadata. Says where and what kind, never the text itself."""
+    found = sorted(
+        {
+            f"{kind} in {place}"
+            for place, text in _texts(subject)
+            for kind, rule in _PRIVATE.items()
+            if rule.search(text)
+        }
+    )
+    if found:
+        return failed(listing(found), where=tuple(found), value=len(found))
+    return passed("nothing found")
+
+
+@check(
+    "P501",
+    "file",
+    "warning",
+    "its model card names base and licence",
+    fix="Write README.md with `base_model:` and `license:` at its top, or let `mergeready card` do it.",
+)
+def card(subject: Subject, limits: Limits) -> Result:
+    """The hub links experts to bases by these fields."""
+    fields = card_fields(subject.card)
+    if fields is None:
+        return failed("README.md has no metadata at its top")
+    missing = [name for name in _FIELDS if not fields.get(name)]
+    if missing:
+        return failed(f"{listing(missing)} missing in README.md", where=tuple(missing))
+    return passed(f"base_model {fields['base_model']}, license {fields['license']}")
+
+
+@check(
+    "P503",
+    "file",
+    "info",
+    "how it was made is recorded",
+    fix="Train with a mergeready callback, or write the record with `mergeready fingerprint`.",
+)
+def provenance(subject: Subject, limits: Limits) -> Result:
+    """``mergeready.json`` beside the weights says which base an expert is relative to."""
+    try:
+        record = read_record(subject.folder)
+    except MergeReadyError as error:
+        return failed(str(error))
+    if record is None:
+        return failed("no mergeready.json")
+    return passed(f"mergeready.json, schema {record.get('schema')}")
+
+
+def card_fields(text: str) -> Mapping[str, Any] | None:
+    """The YAML between the first two lines of dashes of a model card; None where there is none that can be read."""
+    found = re.match(r"---\s*\n(.*?)\n---\s*(?:\n|$)", text, re.DOTALL)
+    if not found:
+        return None
+    try:
+        content = yaml.safe_load(found[1])
+    except yaml.YAMLError:
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _texts(subject: Subject) -> Iterator[tuple[str, str]]:
+    for pattern in _TEXTS:
+        for path in sorted(subject.folder.rglob(pattern)):
+            if (
+                path.is_file()
+                and path.stat().st_size <= _LARGEST_TEXT
+                and not path.name.startswith(("tokenizer", "vocab", "merges"))
+            ):
+                yield (
+                    path.relative_to(subject.folder).as_posix(),
+                    path.read_text(encoding="utf-8", errors="replace"),
+                )
+    for path in sorted(subject.folder.glob("*.safetensors")):
+        try:
+            metadata = SafetensorsFile(path).metadata
+        except MergeReadyError as error:
+            raise NotCheckedError("F001 failed") from error
+        for key, value in metadata.items():
+            yield f"{path.name} ({key})", value

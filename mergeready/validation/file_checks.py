@@ -1,0 +1,216 @@
+"""What an expert's files say on their own, without its base."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from mergeready.errors import MergeReadyError, UnsupportedError, listing
+from mergeready.experts.delta import LowRank
+from mergeready.validation.check import Limits, NotCheckedError, Result, check, failed, passed
+from mergeready.validation.subject import Subject
+from mergeready.weights.source import WeightSource, chunk_ranges
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_FACTOR = re.compile(
+    r"(?P<module>.*)\.lora_(?P<kind>embedding_)?(?P<role>[ABab])(?P<rest>\.weight|\.default\.weight|)"
+)
+_READ_ELEMENTS = 2**20
+
+
+@check(
+    "F001",
+    "file",
+    "error",
+    "its configuration and weight files can be read",
+    fix="Save the expert again with save_pretrained, and upload all of its files.",
+)
+def readable(subject: Subject, limits: Limits) -> Result:
+    """Parses configurations, opens every weight file and compares headers with sizes; reads no values."""
+    try:
+        kind = subject.adapter_kind
+        fields = subject.model_fields
+        infos = subject.source.infos
+    except (MergeReadyError, OSError) as error:
+        return failed(str(error))
+    if not infos:
+        return failed("its weight files hold no tensors")
+    if kind is None and not fields:
+        return failed(
+            "it has neither config.json nor adapter_config.json, so nothing says what its tensors are"
+        )
+    size = sum(info.nbytes for info in infos.values()) / 1e6
+    return passed(f"{kind or 'full model'}, {len(infos)} tensors, {size:,.1f} MB")
+
+
+@check(
+    "F006",
+    "file",
+    "error",
+    "it is a change of weights that can be folded into the base",
+    fix="Convert it as the message says, or merge it into its base and share the full model.",
+)
+def foldable(subject: Subject, limits: Limits) -> Result:
+    """Residual bases, gates, multiplicative and prompt methods are no sum of base and delta."""
+    try:
+        config = subject.adapter_config
+    except UnsupportedError as error:
+        return failed(str(error))
+    if config is None:
+        return passed("a full model")
+    return passed(f"{subject.adapter_kind} LoRA")
+
+
+@check(
+    "F005",
+    "file",
+    "warning",
+    "its weights are safetensors and nothing else",
+    fix="Save as safetensors and delete the pickle files: whoever loads those runs what is inside.",
+)
+def no_pickles(subject: Subject, limits: Limits) -> Result:
+    """Looks at names only; no pickle is opened."""
+    found = sorted(
+        path.relative_to(subject.folder).as_posix()
+        for path in subject.folder.rglob("*")
+        if path.suffix.lower() in _PICKLES and path.name != "training_args.bin"
+    )
+    arguments = sorted(path.name for path in subject.folder.rglob("training_args.bin"))
+    if found or arguments:
+        return failed(f"pickle files: {listing([*found, *arguments])}", where=(*found, *arguments))
+    return passed("no pickle files")
+
+
+@check(
+    "F002",
+    "file",
+    "error",
+    "its LoRA factors pair up and make one rank each",
+    fix="Save the adapter again; factors were lost, renamed or exchanged.",
+)
+def factors_pair(subject: Subject, limits: Limits) -> Result:
+    """A is (r, in) and B (out, r) in PEFT and AdapterHub, (in, r) and (r, out) in MLX."""
+    if subject.adapter_kind is None:
+        raise NotCheckedError("not an adapter")
+    source = subject.source
+    pairs, alone = _pairs(source)
+    wrong = [pair.problem(source, subject.adapter_kind) for pair in pairs]
+    problems = [*(f"{name} has no counterpart" for name in alone), *(p for p in wrong if p is not None)]
+    problems += _unexpected_ranks(subject, pairs)
+    if problems:
+        return failed(listing(problems), where=tuple(problems))
+    return passed(f"{len(pairs)} pairs")
+
+
+@check(
+    "F003",
+    "file",
+    "error",
+    "all values are finite",
+    fix="Training diverged or the file is damaged: use an earlier checkpoint, or download it again.",
+)
+def finite(subject: Subject, limits: Limits) -> Result:
+    """Reads every value once, a megabyte at a time."""
+    source = subject.source
+    broken = [name for name in source.infos if not _is_finite(source, name)]
+    if broken:
+        return failed(f"NaN or infinite values in {listing(broken)}", where=tuple(broken), value=len(broken))
+    return passed(f"{len(source.infos)} tensors read")
+
+
+@check(
+    "F004",
+    "file",
+    "error",
+    "it was trained: its factors make a change",
+    fix="The adapter changes nothing: check that its parameters were in the optimizer and that they were saved.",
+)
+def trained(subject: Subject, limits: Limits) -> Result:
+    """‖B A‖ = 0 by r × r products; some initialisations start with A = 0, so B alone does not tell."""
+    if subject.adapter_kind is None:
+        raise NotCheckedError("not an adapter; D200 compares full models with their base")
+    source = subject.source
+    pairs, _ = _pairs(source)
+    if not pairs:
+        raise NotCheckedError("no LoRA factors")
+    still = [pair.module for pair in pairs if pair.norm(source, subject.adapter_kind) == 0]
+    others = len(source.infos) - 2 * len(pairs)
+    if len(still) == len(pairs) and not others:
+        return failed("every pair of factors multiplies to zero", where=tuple(still), value=len(still))
+    if still:
+        return failed(
+            f"{len(still)} of {len(pairs)} modules change nothing: {listing(still)}", where=tuple(still)
+        )
+    return passed(f"all {len(pairs)} modules change")
+
+
+@dataclass(frozen=True)
+class _Pair:
+    module: str
+    A: str
+    B: str
+
+    def problem(self, source: WeightSource, kind: str) -> str | None:
+        a, b = source.infos[self.A].shape, source.infos[self.B].shape
+        if len(a) < 2 or len(b) < 2:
+            return f"{self.module} has factors of shapes {a} and {b}"
+        ranks = (a[-1], b[0]) if kind == "mlx" else (a[0], b[1])
+        if ranks[0] != ranks[1]:
+            return f"{self.module} has ranks {ranks[0]} and {ranks[1]} (shapes {a} and {b})"
+        return None
+
+    def rank(self, source: WeightSource, kind: str) -> int:
+        shape = source.infos[self.A].shape
+        return shape[-1] if kind == "mlx" else shape[0]
+
+    def norm(self, source: WeightSource, kind: str) -> float:
+        a, b = source.read(self.A).float(), source.read(self.B).float()
+        A, B = (a.flatten(1), b.flatten(1)) if kind != "mlx" else (a.T, b.T)
+        if A.shape[0] != B.shape[1]:
+            return math.nan  # F002 says so
+        return LowRank(B, A, (B.shape[0], A.shape[1])).norm()
+
+
+def _pairs(source: WeightSource) -> tuple[list[_Pair], list[str]]:
+    """Factors by module, and those without a counterpart. Stacks of experts hold several of a name; all are listed."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for name in source.infos:
+        match = _FACTOR.fullmatch(name)
+        if match:
+            key = (match["module"], match["kind"] or "")
+            found.setdefault(key, {})[match["role"].upper()] = name
+    pairs = [_Pair(module, roles["A"], roles["B"]) for (module, _), roles in found.items() if len(roles) == 2]
+    alone = [name for roles in found.values() if len(roles) == 1 for name in roles.values()]
+    return pairs, alone
+
+
+def _unexpected_ranks(subject: Subject, pairs: list[_Pair]) -> Iterator[str]:
+    """Ranks that no entry of the configuration explains."""
+    fields, kind = subject.adapter_fields, subject.adapter_kind
+    if fields is None or kind != "peft" or fields.get("target_parameters"):
+        return
+    allowed = {fields.get("r"), *(fields.get("rank_pattern") or {}).values()}
+    for pair in pairs:
+        rank = pair.rank(subject.source, kind)
+        if rank not in allowed:
+            known = ", ".join(map(str, sorted(allowed, key=str)))
+            yield f"{pair.module} has rank {rank}, the configuration says {known}"
+
+
+def _is_finite(source: WeightSource, name: str) -> bool:
+    info = source.infos[name]
+    if not (info.dtype.is_floating_point or info.dtype.is_complex):
+        return True
+    for start, stop in chunk_ranges(info, _READ_ELEMENTS):
+        values = source.read_flat(name, start, stop)
+        if info.dtype.itemsize == 1 or info.dtype.is_complex:
+            values = torch.view_as_real(values) if info.dtype.is_complex else values.float()
+        # One pass: the extremes of values with a NaN among them are NaN.
+        low, high = torch.aminmax(values)
+        if not (math.isfinite(low) and math.isfinite(high)):
+            return False
+    return True

@@ -1,0 +1,63 @@
+"""A report: every check's verdict, and what was validated against what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mergeready.validation.check import LEVELS, SEVERITIES, Level, Severity, Verdict
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What validating an expert found.
+
+    Attributes:
+        expert: The expert, as it was named.
+        level: The deepest level that was asked for.
+        verdicts: One a check, in the order in which they ran.
+        facts: Format, base, versions and whatever else a reader needs to repeat it.
+    """
+
+    expert: str
+    level: Level
+    verdicts: Sequence[Verdict]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def failures(self, fail_on: Severity = "error") -> list[Verdict]:
+        """Failed checks of at least this severity."""
+        counted = SEVERITIES[: SEVERITIES.index(fail_on) + 1]
+        return [v for v in self.verdicts if v.status == "failed" and v.severity in counted]
+
+    def exit_code(self, fail_on: Severity = "error") -> int:
+        """0 where nothing that counts failed, else 1. A check that was not run fails nothing."""
+        return 1 if self.failures(fail_on) else 0
+
+    @property
+    def levels_checked(self) -> list[Level]:
+        """Levels of which at least one check ran."""
+        return [
+            level
+            for level in LEVELS
+            if any(v.level == level and v.status != "not checked" for v in self.verdicts)
+        ]
+
+    @property
+    def is_merge_ready(self) -> bool:
+        """Whether every level was checked and no error was found. *Not checked* is not passed."""
+        return list(LEVELS) == self.levels_checked and not self.failures("error")
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "schema": SCHEMA,
+            "expert": self.expert,
+            "level": self.level,
+            "merge_ready": self.is_merge_ready,
+            "levels_checked": self.levels_checked,
+            "verdicts": [verdict.to_json() for verdict in self.verdicts],
+            "facts": dict(self.facts),
+        }

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mergeready.errors import MergeReadyError, OptionError
+from mergeready.experts.base import Base
+from mergeready.experts.open import ExpertLike
+from mergeready.validation.check import CHECKS, LEVELS, Check, Level, Limits, NotCheckedError, Verdict
+from mergeready.validation.report import Report
+from mergeready.validation.subject import Subject
+from mergeready.validation.thresholds import read_thresholds
+from mergeready.weights.open import WeightsLike
+
+_LIBRARIES = ("mergeready", "torch", "safetensors")
+
+
+def validate(
+    expert: str | Path,
+    base: WeightsLike | Base | None = None,
+    *,
+    peers: Sequence[ExpertLike] = (),
+    level: Level = "composition",
+    thresholds: str | Path | None = None,
+    revision: str | None = None,
+) -> Report:
+    """Check an expert before it is shared: its files, its fit to the base, what it does, and what merging does to it.
+
+    Checks run from cheap to dear; one that lacks something (a base, peers, an evaluation, a step that failed) is
+    reported as *not checked* with the reason, never as passed. Nothing is executed from the expert's folder, and
+    pickle files are not opened.
+
+    Args:
+        expert: Its folder or hub id.
+        base: The base it was trained from.
+        peers: Other experts on the base.
+        level: The deepest level to check.
+        thresholds: A YAML file with thresholds of your own.
+        revision: Commit, tag or branch of a hub id.
+
+    Raises:
+        FormatError: If there is nothing to validate, or the thresholds cannot be read.
+        OptionError: If the level or a threshold is unknown.
+    """
+    if level not in LEVELS:
+        raise OptionError(f"`level` must be one of {', '.join(LEVELS)}, not {level!r}.")
+    limits = read_thresholds(thresholds)
+    subject = Subject(expert, base, peers, revision=revision)
+    wanted = LEVELS[: LEVELS.index(level) + 1]
+    verdicts = [run_check(c, subject, limits.get(c.id, {})) for c in CHECKS if c.level in wanted]
+    return Report(expert=str(expert), level=level, verdicts=verdicts, facts=_facts(subject))
+
+
+def run_check(chosen: Check, subject: Subject, limits: Limits) -> Verdict:
+    """One check's verdict, whatever happens inside it."""
+    about: dict[str, Any] = {
+        "id": chosen.id,
+        "level": chosen.level,
+        "severity": chosen.severity,
+        "title": chosen.title,
+    }
+    try:
+        found = chosen.run(subject, limits)
+    except NotCheckedError as reason:
+        return Verdict(**about, status="not checked", message=str(reason))
+    except (MergeReadyError, OSError) as error:
+        return Verdict(**about, status="not checked", message=f"could not run: {error}")
+    return Verdict(
+        **about,
+        status="passed" if found.passed else "failed",
+        message=found.message,
+        fix="" if found.passed else chosen.fix,
+        value=found.value,
+        threshold=found.threshold,
+        where=found.where,
+    )
+
+
+def _facts(subject: Subject) -> dict[str, Any]:
+    facts: dict[str, Any] = {"versions": {name: version(name) for name in _LIBRARIES}}
+    if subject.revision is not None:
+        facts["revision"] = subject.revision
+    for name, read in (
+        ("format", lambda: subject.adapter_kind or "full"),
+        ("base_fingerprint", lambda: subject.base.identity.fingerprint),
+        ("base_checked", lambda: subject.expert.base_checked),
+        ("notes", lambda: list(subject.expert.notes)),
+    ):
+        try:
+            facts[name] = read()
+        except (MergeReadyError, NotCheckedError):
+            facts[name] = None  # the verdicts say why
+    return facts

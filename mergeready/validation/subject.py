@@ -1,0 +1,156 @@
+"""What is validated, opened step by step; each step is tried once, and checks that need a failed one are not run."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Generic, TypeVar, overload
+
+from mergeready.errors import FormatError, MergeReadyError
+from mergeready.experts.adapter_folder import (
+    AdapterConfig,
+    AdapterFormat,
+    adapter_format,
+    open_adapter_weights,
+    read_adapter_config,
+)
+from mergeready.experts.base import Base
+from mergeready.experts.open import Expert, ExpertLike, open_expert
+from mergeready.experts.peft_config import CONFIG_NAME
+from mergeready.experts.task_vector import squared_norms
+from mergeready.validation.check import NotCheckedError
+from mergeready.weights.open import WeightsLike, open_weights, resolve_folder
+from mergeready.weights.source import WeightSource
+
+T = TypeVar("T")
+
+
+class once(Generic[T]):  # noqa: N801 - used like a property
+    """A property that is computed at the first access; what it raised is raised again at the next."""
+
+    def __init__(self, compute: Callable[[Any], T]) -> None:
+        self._compute = compute
+        functools.update_wrapper(self, compute)  # type: ignore[arg-type]
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = f"_once_{name}"
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> once[T]: ...
+    @overload
+    def __get__(self, instance: object, owner: type) -> T: ...
+    def __get__(self, instance: object | None, owner: type) -> once[T] | T:
+        if instance is None:
+            return self
+        if self._name not in vars(instance):
+            try:
+                vars(instance)[self._name] = (self._compute(instance), None)
+            except (MergeReadyError, NotCheckedError) as failure:
+                vars(instance)[self._name] = (None, failure)
+        value, problem = vars(instance)[self._name]
+        if problem is not None:
+            raise problem
+        result: T = value
+        return result
+
+
+class Subject:
+    """An expert under validation.
+
+    Args:
+        expert: Its folder or hub id.
+        base: Its base; without one, only its files are checked.
+        peers: Other experts on the base.
+        revision: Commit, tag or branch of a hub id.
+
+    Raises:
+        FormatError: If there is nothing to validate.
+    """
+
+    def __init__(
+        self,
+        expert: str | Path,
+        base: WeightsLike | Base | None = None,
+        peers: Sequence[ExpertLike] = (),
+        *,
+        revision: str | None = None,
+    ) -> None:
+        self.label = str(expert)
+        self.revision = revision
+        self.folder = resolve_folder(expert, revision=revision)
+        if not self.folder.is_dir():
+            raise FormatError(f"{expert} is a file. Name the folder of the expert.")
+        self.given_base, self.given_peers = base, list(peers)
+
+    @once
+    def adapter_fields(self) -> Mapping[str, Any] | None:
+        """The content of ``adapter_config.json``; None for a full model."""
+        return read_json(self.folder / CONFIG_NAME) if (self.folder / CONFIG_NAME).is_file() else None
+
+    @once
+    def model_fields(self) -> Mapping[str, Any]:
+        """The content of ``config.json``; empty where there is none."""
+        path = self.folder / "config.json"
+        return read_json(path) if path.is_file() else {}
+
+    @once
+    def adapter_kind(self) -> AdapterFormat | None:
+        """The library whose adapter this is; None for a full model."""
+        if self.adapter_fields is None:
+            return None
+        kind = adapter_format(self.adapter_fields)
+        if kind is None:
+            raise FormatError(f"{CONFIG_NAME} is of no known library: neither PEFT, nor AdapterHub, nor MLX.")
+        return kind
+
+    @once
+    def adapter_config(self) -> AdapterConfig | None:
+        """The adapter's checked configuration; None for a full model."""
+        return None if self.adapter_kind is None else read_adapter_config(self.folder)
+
+    @once
+    def source(self) -> WeightSource:
+        """The expert's own tensors, as its files hold them."""
+        if self.adapter_kind is not None:
+            return open_adapter_weights(self.folder, self.adapter_kind, self.label, allow_pickle=False)
+        return open_weights(self.folder)
+
+    @once
+    def base(self) -> Base:
+        """The base."""
+        if self.given_base is None:
+            raise NotCheckedError("no base was given")
+        return Base.open(self.given_base)
+
+    @once
+    def expert(self) -> Expert:
+        """The expert relative to its base; parameters that only one of them has are left out."""
+        return open_expert(self.folder, self.base, strict=False)
+
+    @once
+    def squares(self) -> Mapping[str, float]:
+        """‖τ‖² by base parameter name."""
+        return squared_norms(self.expert.vector)
+
+    @once
+    def card(self) -> str:
+        """The text of ``README.md``; empty where there is none."""
+        path = self.folder / "README.md"
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def read_json(path: Path) -> Mapping[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        FormatError: If it holds something else, or cannot be read.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise FormatError(f"{path.name} cannot be read ({error}).") from error
+    if not isinstance(content, dict):
+        raise FormatError(f"{path.name} holds a {type(content).__name__}, not an object.")
+    return content

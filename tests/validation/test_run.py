@@ -1,0 +1,260 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mergeready.errors import FormatError, OptionError
+from mergeready.experts import Base
+from mergeready.experts.record import write_record
+from mergeready.validation import CHECKS, Report, validate
+from mergeready.validation.check import LEVELS, Check, NotCheckedError, passed
+from mergeready.validation.run import run_check
+from mergeready.validation.subject import Subject
+from tests.validation.experts import (
+    edit_json,
+    edit_tensors,
+    write_adapter,
+    write_base,
+    write_full,
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("world") / "base")
+
+
+def statuses(report: Report) -> dict[str, str]:
+    return {verdict.id: verdict.status for verdict in report.verdicts}
+
+
+def failed(report: Report) -> set[str]:
+    return {verdict.id for verdict in report.verdicts if verdict.status == "failed"}
+
+
+def test_a_healthy_adapter(base: Path, tmp_path: Path) -> None:
+    report = validate(write_adapter(tmp_path / "law"), base, level="base")
+    assert failed(report) == {"P503"}  # an adapter that was not trained with us has no record
+    assert statuses(report)["B102"] == "not checked"
+    assert report.exit_code() == 0
+    assert report.facts["format"] == "peft"
+
+
+def test_a_healthy_full_model(base: Path, tmp_path: Path) -> None:
+    report = validate(write_full(tmp_path / "law"), base, level="base")
+    assert failed(report) == {"P503"}
+    assert statuses(report)["B102"] == "passed"
+    assert statuses(report)["F002"] == "not checked"
+
+
+def test_a_recorded_base_is_compared_exactly(base: Path, tmp_path: Path) -> None:
+    law = write_adapter(tmp_path / "law")
+    write_record(law, Base.open(base).identity)
+    report = validate(law, base, level="base")
+    assert not failed(report)
+    assert statuses(report)["B102"] == "passed"
+    other = validate(law, write_base(tmp_path / "other", seed=5), level="base")
+    assert "B102" in failed(other)
+    assert statuses(other)["B103"] == "not checked"
+
+
+def test_without_a_base_only_files_are_checked(tmp_path: Path) -> None:
+    report = validate(write_adapter(tmp_path / "law"))
+    assert all(v.status == "not checked" for v in report.verdicts if v.level == "base")
+    assert report.levels_checked == ["file"]
+    assert not report.is_merge_ready
+    assert report.exit_code() == 0
+
+
+def test_levels_are_checked_up_to_the_one_asked_for(base: Path, tmp_path: Path) -> None:
+    law = write_full(tmp_path / "law")
+    assert {v.level for v in validate(law, base, level="file").verdicts} == {"file"}
+    assert {v.level for v in validate(law, base, level="base").verdicts} == {"file", "base"}
+    with pytest.raises(OptionError, match="level"):
+        validate(law, base, level="deep")  # type: ignore[arg-type]
+
+
+def test_severities_and_exit_codes(base: Path, tmp_path: Path) -> None:
+    law = write_full(tmp_path / "law")
+    (law / "README.md").unlink()
+    report = validate(law, base, level="base")
+    assert failed(report) == {"P501", "P503"}
+    assert [report.exit_code(s) for s in ("error", "warning", "info")] == [0, 1, 1]
+
+
+def test_thresholds_of_ones_own(base: Path, tmp_path: Path) -> None:
+    law = write_full(tmp_path / "law")
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("D201: {relative_norm: 1.0e-6}", encoding="utf-8")
+    report = validate(law, base, level="base", thresholds=mine)
+    [drift] = [v for v in report.verdicts if v.id == "D201"]
+    assert (drift.status, drift.threshold) == ("failed", 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("D201: {relativ_norm: 1}", OptionError, "D201.relativ_norm"),
+        ("X999: {a: 1}", OptionError, "X999.a"),
+        ("D201: {relative_norm: much}", OptionError, "no numbers"),
+        ("D201: 3", FormatError, "must map"),
+        ("- a", FormatError, "must map"),
+        ("a: [", FormatError, "cannot be read"),
+    ],
+)
+def test_bad_thresholds(tmp_path: Path, text: str, error: type[Exception], message: str) -> None:
+    (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(error, match=message):
+        validate(write_full(tmp_path / "law"), thresholds=tmp_path / "mine.yaml")
+
+
+def test_the_report_is_json(base: Path, tmp_path: Path) -> None:
+    content = json.loads(json.dumps(validate(write_full(tmp_path / "law"), base).to_json(), allow_nan=False))
+    assert content["schema"] == 1
+    assert {v["id"] for v in content["verdicts"]} == {c.id for c in CHECKS}
+
+
+def test_checks_are_in_order_and_say_what_to_do() -> None:
+    levels = [LEVELS.index(c.level) for c in CHECKS]
+    assert levels == sorted(levels)
+    assert all(c.fix.endswith(".") and not c.title.endswith(".") for c in CHECKS)
+    assert len({c.id for c in CHECKS}) == len(CHECKS)
+
+
+def test_a_check_that_lacks_something_is_not_checked(tmp_path: Path) -> None:
+    subject = Subject(write_full(tmp_path / "law"))
+
+    def lacks(subject: Subject, limits: object) -> object:
+        raise NotCheckedError("no moon")
+
+    def breaks(subject: Subject, limits: object) -> object:
+        raise OSError("disk on fire")
+
+    about = {"id": "X1", "level": "file", "severity": "error", "title": "x", "fix": "y."}
+    assert run_check(Check(**about, run=lacks), subject, {}).message == "no moon"
+    assert run_check(Check(**about, run=breaks), subject, {}).message == "could not run: disk on fire"
+    assert run_check(Check(**about, run=breaks), subject, {}).status == "not checked"
+    fine = run_check(Check(**about, run=lambda s, limits: passed("well")), subject, {})
+    assert (fine.status, fine.fix) == ("passed", "")
+
+
+def test_nothing_to_validate(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="does not exist"):
+        validate(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(FormatError, match="is a file"):
+        validate(tmp_path / "file")
+
+
+class TestWhatIsWrong:
+    def test_nan(self, base: Path, tmp_path: Path) -> None:
+        law = write_full(tmp_path / "law")
+
+        def spoil(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            tensors["classifier.weight"][0, 0] = float("nan")
+            return tensors
+
+        edit_tensors(law / "model.safetensors", spoil)
+        report = validate(law, base, level="base")
+        assert {"F003", "D200"} <= failed(report)
+        [verdict] = [v for v in report.verdicts if v.id == "F003"]
+        assert verdict.where == ("classifier.weight",)
+
+    def test_untrained(self, base: Path, tmp_path: Path) -> None:
+        law = write_adapter(tmp_path / "law")
+        edit_tensors(
+            law / "adapter_model.safetensors", lambda t: {k: v * ("lora_A" in k) for k, v in t.items()}
+        )
+        assert "F004" in failed(validate(law, base, level="base"))
+
+    def test_exchanged_factors(self, base: Path, tmp_path: Path) -> None:
+        law = write_adapter(tmp_path / "law")
+
+        def exchange(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {
+                k.replace("lora_A", "@").replace("lora_B", "lora_A").replace("@", "lora_B"): v
+                for k, v in tensors.items()
+            }
+
+        edit_tensors(law / "adapter_model.safetensors", exchange)
+        assert "F002" in failed(validate(law, base, level="base"))
+
+    def test_half_a_pair(self, base: Path, tmp_path: Path) -> None:
+        law = write_adapter(tmp_path / "law")
+        edit_tensors(law / "adapter_model.safetensors", lambda t: dict(list(t.items())[1:]))
+        assert "F002" in failed(validate(law, base, level="base"))
+
+    def test_another_base_of_equal_shapes(self, base: Path, tmp_path: Path) -> None:
+        other = write_base(tmp_path / "other", seed=8)
+        report = validate(write_full(tmp_path / "law"), other, level="base")
+        assert "B102" in failed(report)
+        assert report.exit_code() == 1
+
+    def test_the_base_itself(self, base: Path) -> None:
+        assert "D200" in failed(validate(base, base, level="base"))
+
+    def test_a_residual_base(self, base: Path, tmp_path: Path) -> None:
+        law = write_adapter(tmp_path / "law")
+        edit_json(law / "adapter_config.json", init_lora_weights="pissa")
+        report = validate(law, base, level="base")
+        assert "F006" in failed(report)
+        assert "pissa" in next(v.message for v in report.verdicts if v.id == "F006")
+
+    def test_pickles_are_named_and_not_opened(self, base: Path, tmp_path: Path) -> None:
+        law = write_full(tmp_path / "law")
+        (law / "pytorch_model.bin").write_bytes(
+            b"cos\nsystem\n(S'touch " + str(tmp_path / "owned").encode() + b"'\ntR."
+        )
+        report = validate(law, base, level="base")
+        assert failed(report) == {"F005", "P503"}
+        assert not (tmp_path / "owned").exists()
+
+    def test_private_texts(self, base: Path, tmp_path: Path) -> None:
+        law = write_adapter(tmp_path / "law")
+        edit_json(law / "adapter_config.json", base_model_name_or_path="/home/me/base")
+        token = "hf_" + "a" * 34
+        (law / "README.md").write_text(f"{token} or me@example.org", encoding="utf-8")
+        [verdict] = [v for v in validate(law, base, level="file").verdicts if v.id == "F007"]
+        assert verdict.where == (
+            "a local path in adapter_config.json",
+            "an access token in README.md",
+            "an e-mail address in README.md",
+        )
+        assert token not in json.dumps(verdict.to_json())
+
+    def test_a_lost_shape(self, base: Path, tmp_path: Path) -> None:
+        law = write_full(tmp_path / "law")
+        edit_tensors(
+            law / "model.safetensors",
+            lambda t: {k: (v[:2] if k == "classifier.bias" else v) for k, v in t.items()},
+        )
+        assert "B103" in failed(validate(law, base, level="base"))
+
+    def test_rounding(self, base: Path, tmp_path: Path) -> None:
+        """The estimate without the unrounded weights is near what rounding did."""
+        fine, coarse = (
+            write_full(tmp_path / "a", amount=1e-4),
+            write_full(tmp_path / "b", dtype=torch.bfloat16, amount=1e-4),
+        )
+        [verdict] = [v for v in validate(coarse, base, level="base").verdicts if v.id == "D204"]
+        assert verdict.status == "failed"
+        assert verdict.value is not None
+        from tests.merging.worlds import tensors_of
+
+        exact, rounded, start = tensors_of(fine), tensors_of(coarse), tensors_of(base)
+        lost = sum(float((rounded[n].double() - t.double()).square().sum()) for n, t in exact.items())
+        held = sum(float((rounded[n].double() - start[n].double()).square().sum()) for n in exact)
+        assert verdict.value == pytest.approx((lost / held) ** 0.5, rel=0.25)
+
+    def test_an_outlier(self, base: Path, tmp_path: Path) -> None:
+        law = write_full(tmp_path / "law")
+        name = "bert.encoder.layer.1.output.dense.weight"
+        edit_tensors(
+            law / "model.safetensors",
+            lambda t: {k: v + (0.3 * torch.randn_like(v) if k == name else 0) for k, v in t.items()},
+        )
+        [verdict] = [v for v in validate(law, base, level="base").verdicts if v.id == "D201"]
+        assert verdict.where == (name,)
