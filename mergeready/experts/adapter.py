@@ -17,7 +17,7 @@ from mergeready.weights.names import match_names
 from mergeready.weights.source import TensorInfo, WeightSource
 
 SlotKind: TypeAlias = Literal[
-    "linear", "transposed", "embedding", "blocks", "dora", "copy", "bias", "rows", "experts"
+    "linear", "transposed", "embedding", "dora", "copy", "bias", "rows", "experts"
 ]
 
 
@@ -27,13 +27,15 @@ class Slot:
 
     Attributes:
         module: The module's own name in the adapter, without format prefixes.
-        kind: ``linear`` factors; ``transposed`` factors of a weight stored (in, out); ``embedding`` factors;
-            ``blocks``, factors of some of a fused weight's three blocks; ``dora``, factors with magnitudes; a whole
-            trained ``copy``; a ``bias`` of LoRA's own; trained ``rows``; factors of a stack of ``experts``.
+        kind: ``linear`` factors; ``transposed`` factors of a weight stored (in, out); ``embedding`` factors; ``dora``,
+            factors with magnitudes; a whole trained ``copy``; a ``bias`` of LoRA's own; trained ``rows``; factors of a
+            stack of ``experts``.
+        transposed: For ``dora``: whether the weight is stored (in, out).
     """
 
     module: str
     kind: SlotKind
+    transposed: bool = False
 
 
 class AdapterTaskVector(TaskVector):

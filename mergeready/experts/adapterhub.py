@@ -216,7 +216,7 @@ class _Builder(AdapterBuilder):
             info.shape,
             transposed,
         )
-        self.add(name, Slot(module, "blocks"), part)
+        self.add(name, Slot(module, "transposed" if transposed else "linear"), part)
 
     def _add_dora(
         self, module: str, keys: Mapping[str, str], name: str, info: TensorInfo, lora: LowRankPart
