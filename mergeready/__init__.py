@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mergeready.errors import MergeReadyError
     from mergeready.experts import Base, BaseIdentity, Expert, TaskVector, open_expert
-    from mergeready.merging import MergedInPlace, merge, merge_folders
+    from mergeready.merging import MergedInPlace, merge, merge_adapters, merge_folders
     from mergeready.merging.tune import TunedScale, tune_scale
     from mergeready.metrics.compare import Comparison, compare
     from mergeready.metrics.inspection import Inspection, inspect
@@ -32,7 +32,7 @@ __version__ = "0.1.0"
 _PLACES = {
     "mergeready.errors": ["MergeReadyError"],
     "mergeready.experts": ["Base", "BaseIdentity", "Expert", "TaskVector", "open_expert"],
-    "mergeready.merging": ["MergedInPlace", "merge", "merge_folders"],
+    "mergeready.merging": ["MergedInPlace", "merge", "merge_adapters", "merge_folders"],
     "mergeready.merging.tune": ["TunedScale", "tune_scale"],
     "mergeready.metrics.compare": ["Comparison", "compare"],
     "mergeready.metrics.inspection": ["Inspection", "inspect"],
@@ -84,6 +84,7 @@ __all__ = [
     "compare",
     "inspect",
     "merge",
+    "merge_adapters",
     "merge_folders",
     "open_expert",
     "read_history",

@@ -16,9 +16,7 @@ from mergeready.experts.task_vector import TaskVector
 from mergeready.weights.names import match_names
 from mergeready.weights.source import TensorInfo, WeightSource
 
-SlotKind: TypeAlias = Literal[
-    "linear", "transposed", "embedding", "dora", "copy", "bias", "rows", "experts"
-]
+SlotKind: TypeAlias = Literal["linear", "transposed", "embedding", "copy", "bias", "rows", "experts"]
 
 
 @dataclass(frozen=True)
@@ -27,15 +25,14 @@ class Slot:
 
     Attributes:
         module: The module's own name in the adapter, without format prefixes.
-        kind: ``linear`` factors; ``transposed`` factors of a weight stored (in, out); ``embedding`` factors; ``dora``,
-            factors with magnitudes; a whole trained ``copy``; a ``bias`` of LoRA's own; trained ``rows``; factors of a
-            stack of ``experts``.
-        transposed: For ``dora``: whether the weight is stored (in, out).
+        kind: ``linear`` factors; ``transposed`` factors of a weight stored (in, out); ``embedding`` factors; a whole
+            trained ``copy``; a ``bias`` of LoRA's own; trained ``rows``; factors of a stack of ``experts``.
+        dora: Whether magnitudes make the change of factors more than low-rank.
     """
 
     module: str
     kind: SlotKind
-    transposed: bool = False
+    dora: bool = False
 
 
 class AdapterTaskVector(TaskVector):

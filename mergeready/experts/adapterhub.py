@@ -228,7 +228,7 @@ class _Builder(AdapterBuilder):
             return
         key, unscaled = keys["m"], self.low_rank(keys["lora_B"], keys["lora_A"], 1.0, info, False)
         part = DoraPart(lora, lambda: self.source.read(key), self.base_slice(name), info, normed=unscaled)
-        self.add(name, Slot(module, "dora"), part)
+        self.add(name, Slot(module, "linear", dora=True), part)
         bias = self.names.get(f"{module}.bias")
         if bias is not None:
             rows = self.base.source.infos[bias].numel

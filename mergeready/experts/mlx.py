@@ -142,7 +142,7 @@ class _Builder(AdapterBuilder):
         if "magnitude" in keys:
             m_key = keys["magnitude"]
             dora = DoraPart(lora, lambda: self.source.read(m_key), self.base_slice(name), info)
-            self.add(name, Slot(module, "dora"), dora)
+            self.add(name, Slot(module, kind, dora=True), dora)
         else:
             self.add(name, Slot(module, kind), lora)
 

@@ -108,8 +108,7 @@ class _PeftBuilder(AdapterBuilder):
             scaling = self.config.scaling(module, A_shape[0])
             lora = self.low_rank(B_key, A_key, scaling, info, kind != "linear")
             part = self._with_dora(lora, keys, name, info)
-            slot = Slot(module, kind) if part is lora else Slot(module, "dora", kind != "linear")
-            self.add(name, slot, part)
+            self.add(name, Slot(module, kind, dora=part is not lora), part)
             self._add_bias(module, keys, scaling)
 
     def _is_transposed(self, straight: tuple[int, ...], info: TensorInfo) -> bool:

@@ -11,6 +11,7 @@ from mergeready.merging import (  # noqa: F401 - each registers its methods
     ties,
     tsv_m,
 )
+from mergeready.merging.adapters import MergedAdapter, merge_adapters
 from mergeready.merging.api import merge
 from mergeready.merging.folders import merge_folders
 from mergeready.merging.in_place import MergedInPlace
@@ -21,10 +22,12 @@ __all__ = [
     "ElementwiseMethod",
     "MatrixMethod",
     "MergeMethod",
+    "MergedAdapter",
     "MergedInPlace",
     "Place",
     "make_method",
     "merge",
+    "merge_adapters",
     "merge_folders",
     "method_class",
     "method_names",

@@ -112,7 +112,7 @@ def merge_folders(
                 threads=threads,
                 **parameters,
             )
-            _require_apart(output, [job.base.folder, *(expert.folder for expert in job.experts)])
+            require_apart(output, [job.base.folder, *(expert.folder for expert in job.experts)])
             return job, job_key(job)
 
         job, key = ranks.together(prepare)
@@ -122,8 +122,12 @@ def merge_folders(
     return output
 
 
-def _require_apart(output: Path, inputs: Sequence[Path | None]) -> None:
-    """Refuse an output whose replacement would delete what is being read."""
+def require_apart(output: Path, inputs: Sequence[Path | None]) -> None:
+    """Refuse an output whose replacement would delete what is being read.
+
+    Raises:
+        OptionError: If an input lies inside it.
+    """
     for folder in inputs:
         if folder is not None and output.resolve() in folder.resolve().parents:
             raise OptionError(

@@ -28,8 +28,8 @@ _PLACES = {
     "k": r"(attention\.self\.key|attention\.attention\.key|key_proj|k_proj|k_lin|SelfAttention\.k)",
     "v": r"(attention\.self\.value|attention\.attention\.value|value_proj|v_proj|v_lin|SelfAttention\.v)",
     "qkv": r"(attn\.c_attn|attention\.self\.in_proj)",
-    "mlp": r"(intermediate\.dense|(?<!attention\.)output\.dense|mlp\.(up_proj|down_proj|fc1|fc2|c_fc|c_proj|fc_in|fc_out)"
-    r"|layers\.\d+\.(fc1|fc2)|ffn\.(lin1|lin2)|DenseReluDense\.(wi|wi_1|wo))",
+    "mlp": r"(intermediate\.dense|(?<!attention\.)output\.dense"
+    r"|mlp\.(up_proj|down_proj|fc1|fc2|c_fc|c_proj|fc_in|fc_out)|layers\.\d+\.(fc1|fc2)|ffn\.(lin1|lin2)|DenseReluDense\.(wi|wi_1|wo))",
 }
 
 
@@ -50,7 +50,7 @@ def adapterhub_tensors(changes: Changes, base: Base, dtype: torch.dtype) -> dict
     """
     modules = changes.modules
     homeless = [modules[name] for name in changes.factors if adapterhub_place(modules[name]) is None]
-    homeless += [name for name in (*changes.values, *changes.rows)]
+    homeless += [*changes.values, *changes.rows]
     homeless += [modules[name] for name, change in changes.factors.items() if change.kind == "embedding"]
     if homeless:
         raise UnsupportedError(

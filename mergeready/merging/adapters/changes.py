@@ -30,14 +30,11 @@ from mergeready.merging.task_arithmetic import TaskArithmetic
 Absent: TypeAlias = Literal["unchanged", "left_out"]
 """What an expert without a parameter is for it: unchanged there, or no expert there at all."""
 
-_FACTORS: tuple[SlotKind, ...] = ("linear", "transposed", "embedding")
-
 
 @dataclass(frozen=True, eq=False)
 class Factors:
     """Merged factors of one module's weight."""
 
-    module: str
     kind: SlotKind
     delta: LowRank
 
@@ -119,9 +116,7 @@ def _merge_one(
     elif kinds <= {"copy", "bias"} or "copy" in kinds:
         changes.values[name] = _value(base, name, vectors, setting)
     else:
-        dora = next((slot for slot in slots if slot.kind == "dora"), None)
-        plain = next((slot for slot in slots if slot.kind in _FACTORS), None)
-        kind: SlotKind = plain.kind if plain else "transposed" if dora and dora.transposed else "linear"
+        dora = any(slot.dora for slot in slots)
         factors = linear_factors(setting.method, setting.weights)
         if isinstance(rank, str):
             if dora or factors is None:
@@ -129,20 +124,18 @@ def _merge_one(
                 return f"{why}: choose `rank`, or output_format='full'"
             delta = _summed(name, vectors, setting, factors)
         else:
-            dense = dora is not None or factors is None
+            dense = dora or factors is None
             found = (
                 factorized(_matrix(base, name, vectors, setting), rank, base.source.infos[name].shape)
                 if dense
                 else truncated(_summed(name, vectors, setting, factors or []), rank)
             )
             changes.compressed[name], delta = found, found.delta
-        changes.factors[name] = Factors(slots[0].module, kind, delta)
+        changes.factors[name] = Factors(slots[0].kind, delta)
     return None
 
 
-def _summed(
-    name: str, vectors: Sequence[TaskVector], setting: Setting, factors: Sequence[float]
-) -> LowRank:
+def _summed(name: str, vectors: Sequence[TaskVector], setting: Setting, factors: Sequence[float]) -> LowRank:
     deltas, own = [], []
     for vector, factor in zip(vectors, factors, strict=True):
         delta = vector.get(name)
@@ -168,12 +161,11 @@ def _value(base: Base, name: str, vectors: Sequence[TaskVector], setting: Settin
     return add_delta(original, delta, setting.scale, torch.float32).cpu()
 
 
-def _rows(
-    base: Base, name: str, vectors: Sequence[TaskVector], setting: Setting
-) -> tuple[Tensor, Tensor]:
+def _rows(base: Base, name: str, vectors: Sequence[TaskVector], setting: Setting) -> tuple[Tensor, Tensor]:
     """New values of all rows that some expert trained."""
     deltas = [vector[name] for vector in vectors if name in vector]
-    index = torch.cat([delta.index for delta in deltas if isinstance(delta, Rows)]).unique()
+    found = torch.cat([delta.index for delta in deltas if isinstance(delta, Rows)])
+    index = torch.tensor(sorted(set(found.tolist())), dtype=torch.long)
     info = base.source.infos[name]
     width = info.numel // info.rows
     merged = torch.zeros(len(index), width)

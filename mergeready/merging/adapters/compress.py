@@ -18,7 +18,7 @@ Rank: TypeAlias = int | float | str
 
 _EXACT_SIDE = 1024
 """Up to this length of the shorter side, directions come from an eigenvalue problem; beyond, from a random sketch."""
-_OVERSAMPLE, _PASSES = 16, 4
+_OVERSAMPLE, _PASSES = 16, 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +98,7 @@ def truncated(delta: LowRank, rank: int | float) -> Compressed:
 def factorized(matrix: Tensor, rank: int | float, shape: tuple[int, ...]) -> Compressed:
     """Factors of a dense matrix, best in the Frobenius norm up to 1024 rows or columns.
 
-    Beyond, the leading directions come from a random sketch (Halko et al., arXiv 0909.4061, algorithm 4.4, with four
+    Beyond, the leading directions come from a random sketch (Halko et al., arXiv 0909.4061, algorithm 4.4, with eight
     passes), unless a share of energy is asked for; the energy kept is that of the factors, exactly, either way.
 
     Args:

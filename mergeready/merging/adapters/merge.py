@@ -11,10 +11,10 @@ from torch import Tensor
 
 from mergeready.errors import NonFiniteError, OptionError, listing
 from mergeready.experts.adapter import AdapterTaskVector
-from mergeready.experts.adapter_folder import CONFIG_NAME
 from mergeready.experts.base import Base
 from mergeready.experts.delta import LowRank
 from mergeready.experts.open import Expert, ExpertLike, open_expert
+from mergeready.experts.peft_config import CONFIG_NAME
 from mergeready.experts.record import write_record
 from mergeready.merging.adapters.adapterhub_output import write_adapterhub
 from mergeready.merging.adapters.changes import Absent, Changes, merged_changes
@@ -70,7 +70,8 @@ class MergedAdapter:
             low, high = min(self.ranks.values()), max(self.ranks.values())
             ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
             exact = "" if self.kept else ", exact"
-            lines.append(f"{len(self.ranks)} modules of {ranks}{exact}.")
+            modules = "1 module" if len(self.ranks) == 1 else f"{len(self.ranks)} modules"
+            lines.append(f"{modules} of {ranks}{exact}.")
         if self.kept:
             worst = min(self.kept, key=lambda name: self.kept[name])
             lines.append(
@@ -81,7 +82,9 @@ class MergedAdapter:
         if pairs and min(pairs) < 1:
             lines.append(f"Experts adapt different modules: Jaccard index down to {min(pairs):.2f}.")
         if self.rounding:
-            lines.append(f"Storing in a narrower dtype changed the merged change by up to {self.rounding:.2%}.")
+            lines.append(
+                f"Storing in a narrower dtype changed the merged change by up to {self.rounding:.2%}."
+            )
         return lines
 
 

@@ -47,10 +47,13 @@ def peft_tensors(changes: Changes, base: Base, dtype: torch.dtype) -> dict[str, 
                 value = changes.values.get(name)
                 stored = base.source.read(name).cpu() if value is None else value.to(info.dtype)
                 tensors[f"{_PREFIX}{module}.{leaf}"] = stored.clone()
+    adapted = {changes.modules[name] for name in changes.factors}
     for name, value in changes.values.items():
-        if changes.modules[name] not in whole:
-            key = f"{_PREFIX}{changes.modules[name]}.{name.rpartition('.')[2]}"
-            tensors[key] = value.to(base.source.infos[name].dtype)
+        module = changes.modules[name]
+        if module not in whole:
+            tensors[f"{_PREFIX}{module}{'.base_layer' if module in adapted else ''}.bias"] = value.to(
+                base.source.infos[name].dtype
+            )
     return tensors
 
 
