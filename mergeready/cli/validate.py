@@ -28,6 +28,10 @@ def validate(
         list[str] | None,
         typer.Option("--peers", help="Another expert on the base; may be given several times."),
     ] = None,
+    evaluation: Annotated[
+        str | None,
+        typer.Option("--eval", help="module:function that takes the base and returns an Evaluation."),
+    ] = None,
     level: Annotated[
         Literal["file", "base", "behaviour", "composition"], typer.Option(help="The deepest level to check.")
     ] = "composition",
@@ -41,10 +45,14 @@ def validate(
 ) -> None:
     """Check an expert before it is shared. Exit code 0: nothing failed; 1: something did; 2: it could not run."""
     from mergeready.validation import validate as run_checks
+    from mergeready.validation.evaluation import load_evaluation
     from mergeready.weights.atomic import new_file
 
     try:
-        report = run_checks(expert, base, peers=peers or (), level=level, thresholds=thresholds)
+        looked_at = None if evaluation is None else load_evaluation(evaluation, base)
+        report = run_checks(
+            expert, base, peers=peers or (), evaluation=looked_at, level=level, thresholds=thresholds
+        )
         if output is not None:
             with new_file(output) as temporary:
                 temporary.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")

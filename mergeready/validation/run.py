@@ -9,6 +9,7 @@ from mergeready.errors import MergeReadyError, OptionError
 from mergeready.experts.base import Base
 from mergeready.experts.open import ExpertLike
 from mergeready.validation.check import CHECKS, LEVELS, Check, Level, Limits, NotCheckedError, Verdict
+from mergeready.validation.evaluation import Evaluation
 from mergeready.validation.report import Report
 from mergeready.validation.subject import Subject
 from mergeready.validation.thresholds import read_thresholds
@@ -22,6 +23,7 @@ def validate(
     base: WeightsLike | Base | None = None,
     *,
     peers: Sequence[ExpertLike] = (),
+    evaluation: Evaluation | None = None,
     level: Level = "composition",
     thresholds: str | Path | None = None,
     revision: str | None = None,
@@ -35,7 +37,8 @@ def validate(
     Args:
         expert: Its folder or hub id.
         base: The base it was trained from.
-        peers: Other experts on the base.
+        peers: Other experts on the base, or fingerprints of some.
+        evaluation: How to look at its behaviour, alone and merged.
         level: The deepest level to check.
         thresholds: A YAML file with thresholds of your own.
         revision: Commit, tag or branch of a hub id.
@@ -47,7 +50,7 @@ def validate(
     if level not in LEVELS:
         raise OptionError(f"`level` must be one of {', '.join(LEVELS)}, not {level!r}.")
     limits = read_thresholds(thresholds)
-    subject = Subject(expert, base, peers, revision=revision)
+    subject = Subject(expert, base, peers, evaluation=evaluation, revision=revision)
     wanted = LEVELS[: LEVELS.index(level) + 1]
     verdicts = [run_check(c, subject, limits.get(c.id, {})) for c in CHECKS if c.level in wanted]
     return Report(expert=str(expert), level=level, verdicts=verdicts, facts=_facts(subject))

@@ -20,7 +20,19 @@ from mergeready.experts.base import Base
 from mergeready.experts.open import Expert, ExpertLike, open_expert
 from mergeready.experts.peft_config import CONFIG_NAME
 from mergeready.experts.task_vector import squared_norms
+from mergeready.merging.evaluation import (
+    Score,
+    Values,
+    call_evaluation,
+    choose_metric,
+    is_greater_better,
+    run_evaluation,
+    take_score,
+)
+from mergeready.merging.in_place import MergedInPlace
+from mergeready.merging.tune import TunedScale
 from mergeready.validation.check import NotCheckedError
+from mergeready.validation.evaluation import OWN, Evaluation
 from mergeready.weights.open import WeightsLike, open_weights, resolve_folder
 from mergeready.weights.source import WeightSource
 
@@ -63,6 +75,7 @@ class Subject:
         expert: Its folder or hub id.
         base: Its base; without one, only its files are checked.
         peers: Other experts on the base.
+        evaluation: How to look at its behaviour.
         revision: Commit, tag or branch of a hub id.
 
     Raises:
@@ -75,6 +88,7 @@ class Subject:
         base: WeightsLike | Base | None = None,
         peers: Sequence[ExpertLike] = (),
         *,
+        evaluation: Evaluation | None = None,
         revision: str | None = None,
     ) -> None:
         self.label = str(expert)
@@ -83,6 +97,8 @@ class Subject:
         if not self.folder.is_dir():
             raise FormatError(f"{expert} is a file. Name the folder of the expert.")
         self.given_base, self.given_peers = base, list(peers)
+        self._evaluation = evaluation
+        self.tuned: dict[str, TunedScale] = {}
 
     @once
     def adapter_fields(self) -> Mapping[str, Any] | None:
@@ -133,6 +149,35 @@ class Subject:
     def squares(self) -> Mapping[str, float]:
         """‖τ‖² by base parameter name."""
         return squared_norms(self.expert.vector)
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """How to look at its behaviour."""
+        if self._evaluation is None:
+            raise NotCheckedError("no evaluation was given")
+        return self._evaluation
+
+    @once
+    def metric(self) -> str:
+        """The metric that counts: as given, or the only one that the own evaluation returns."""
+        return choose_metric(self._base_result, self.evaluation.metric, OWN)
+
+    @property
+    def greater_is_better(self) -> bool:
+        """Its direction."""
+        return is_greater_better(self.metric, self.evaluation.greater_is_better)
+
+    @once
+    def own_scores(self) -> tuple[Score, Score]:
+        """The own task's score of base and expert."""
+        with MergedInPlace(self.evaluation.model, self.base, [self.expert], include_model=False) as merged:
+            expert = run_evaluation(self.evaluation.own, merged.live.model, self.metric, OWN)
+        return take_score(self._base_result, self.metric, OWN), expert
+
+    @once
+    def _base_result(self) -> Mapping[str, Values]:
+        with MergedInPlace(self.evaluation.model, self.base, [], include_model=False) as merged:
+            return call_evaluation(self.evaluation.own, merged.live.model, OWN)
 
     @once
     def card(self) -> str:

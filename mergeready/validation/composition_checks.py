@@ -1,0 +1,181 @@
+"""What merging an expert with others does to it and to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mergeready.errors import MergeReadyError, listing
+from mergeready.experts.fingerprint import Fingerprint, is_fingerprint
+from mergeready.experts.open import open_expert
+from mergeready.experts.task_vector import TaskVector
+from mergeready.merging.evaluation import run_evaluation
+from mergeready.merging.in_place import MergedInPlace
+from mergeready.merging.tune import FIRST_SCALES, MAX_EVALUATIONS, TunedScale, tune_scale
+from mergeready.metrics.estimates import compare_fingerprints
+from mergeready.metrics.take_fingerprint import take_fingerprint
+from mergeready.training.surrogates import Surrogates, synthetic_peers
+from mergeready.validation.check import Limits, NotCheckedError, Result, check, failed, passed
+from mergeready.validation.evaluation import OWN
+from mergeready.validation.subject import Subject
+
+METHODS = ("task_arithmetic", "ties")
+"""Merge methods by which composition is judged."""
+
+
+@check(
+    "C401",
+    "composition",
+    "info",
+    "its signs and direction do not oppose those of its peers",
+    fix="Nothing needs to be done: cosines and signs predict merged quality badly. Merge and evaluate to know.",
+)
+def interference(subject: Subject, limits: Limits) -> Result:
+    """Cosine and sign conflict with each peer, from fingerprints; a diagnostic."""
+    if not subject.given_peers:
+        raise NotCheckedError("no peers were given")
+    prints = [
+        take_fingerprint(subject.expert.vector, subject.base, subspaces=False),
+        *(_fingerprint(subject, peer) for peer in subject.given_peers),
+    ]
+    found = compare_fingerprints(prints)
+    pairs = zip(found.labels[1:], found.cosine[0][1:], found.sign_conflict[0][1:], strict=True)
+    rows = [(label, cosine, conflict) for label, cosine, conflict in pairs]
+    shown = listing([f"{label}: cosine {c:.2f}, sign conflict {s:.2f}" for label, c, s in rows])
+    opposed = [label for label, cosine, _ in rows if cosine < limits["cosine"]]
+    worst = min(cosine for _, cosine, _ in rows)
+    if opposed:
+        return failed(shown, where=tuple(opposed), value=worst, threshold=limits["cosine"])
+    return passed(shown, value=worst, threshold=limits["cosine"])
+
+
+@check(
+    "C402",
+    "composition",
+    "error",
+    "merged with its peers, it keeps what it gained",
+    fix="Merge an earlier checkpoint, try another merge method, or train with a probe that watches the merged metric.",
+)
+def retention(subject: Subject, limits: Limits) -> Result:
+    """Retention of the own task, (merged − base) / (expert − base), by the better of two merge methods.
+
+    Each method's scale is tuned on the evaluation itself. Without peers that can be merged, synthetic ones stand in,
+    and the result says so.
+    """
+    base, expert = subject.own_scores
+    gain = expert.value - base.value
+    if not gain:
+        raise NotCheckedError("the expert is no better than its base")
+    others, kind = _others(subject)
+    found = {method: _tuned(subject, others, method) for method in METHODS}
+    kept = {method: (tuned.tasks[OWN] - base.value) / gain for method, tuned in found.items()}
+    shown = listing(
+        [f"{method} keeps {kept[method]:.0%} {_at_scale(tuned)}" for method, tuned in found.items()]
+    )
+    best = max(kept.values())
+    message = f"merged with {len(others)} {kind}: {shown}"
+    if best < limits["retention"]:
+        return failed(message, value=best, threshold=limits["retention"])
+    return passed(message, value=best, threshold=limits["retention"])
+
+
+@check(
+    "C403",
+    "composition",
+    "info",
+    "its merge is good over a wide range of scales",
+    fix="Tell others which scale to use: at the usual ones this merge loses much.",
+)
+def scale_range(subject: Subject, limits: Limits) -> Result:
+    """Ratio of the largest to the smallest scale that keeps 90 % of the best merged gain, by task arithmetic."""
+    others, kind = _others(subject)
+    tuned = _tuned(subject, others, METHODS[0])
+    base = tuned.tried[0.0]
+    gain = tuned.value - base
+    if not gain:
+        raise NotCheckedError("no scale was better than the base")
+    good = [scale for scale, value in tuned.tried.items() if scale and (value - base) / gain >= 0.9]
+    ratio = max(good) / min(good)
+    message = f"with {len(others)} {kind}, scales {min(good):.2g} to {max(good):.2g} keep 90 % of the gain"
+    if ratio < limits["ratio"]:
+        return failed(message, value=ratio, threshold=limits["ratio"])
+    return passed(message, value=ratio, threshold=limits["ratio"])
+
+
+@check(
+    "C404",
+    "composition",
+    "info",
+    "a bad expert in the merge does not ruin it",
+    fix="Merge with a method that elects signs or trims, and know your peers.",
+)
+def bad_expert(subject: Subject, limits: Limits) -> Result:
+    """Retention of the own task by TIES when one more expert is noise of the same norm, at the scale that was best."""
+    base, expert = subject.own_scores
+    gain = expert.value - base.value
+    if not gain:
+        raise NotCheckedError("the expert is no better than its base")
+    others, kind = _others(subject)
+    method = METHODS[1]
+    tuned = _tuned(subject, others, method)
+    noise = synthetic_peers(subject.expert.vector, Surrogates(count=1, seed=1))
+    evaluation, metric = subject.evaluation, subject.metric
+    with MergedInPlace(
+        evaluation.model,
+        subject.base,
+        [subject.expert, *others, *noise],
+        method,
+        scale=tuned.scale,
+        include_model=False,
+    ) as merged:
+        score = run_evaluation(evaluation.own, merged.live.model, metric, OWN)
+    kept = (score.value - base.value) / gain
+    message = f"with {len(others)} {kind} and one of noise, {method} keeps {kept:.0%}"
+    if kept < limits["retention"]:
+        return failed(message, value=kept, threshold=limits["retention"])
+    return passed(message, value=kept, threshold=limits["retention"])
+
+
+def _at_scale(tuned: TunedScale) -> str:
+    return f"at scale {tuned.scale:.2g}{'' if tuned.inside else ', an edge of the search'}"
+
+
+def _tuned(subject: Subject, others: Sequence[TaskVector], method: str) -> TunedScale:
+    memory = subject.tuned
+    if method not in memory:
+        evaluation = subject.evaluation
+        memory[method] = tune_scale(
+            evaluation.model,
+            subject.base,
+            [subject.expert, *others],
+            evaluation.tasks,
+            method,
+            metric=subject.metric,
+            greater_is_better=subject.greater_is_better,
+            scales=FIRST_SCALES,
+            max_evaluations=MAX_EVALUATIONS,
+        )
+    return memory[method]
+
+
+def _others(subject: Subject) -> tuple[list[TaskVector], str]:
+    """The peers that have weights; without any, synthetic ones of the expert's own norm."""
+    opened = [
+        open_expert(peer, subject.base, strict=False).vector
+        for peer in subject.given_peers
+        if not is_fingerprint(peer)
+    ]
+    if opened:
+        return opened, "peers"
+    return synthetic_peers(subject.expert.vector, Surrogates()), "surrogates"
+
+
+def _fingerprint(subject: Subject, peer: object) -> Fingerprint:
+    if is_fingerprint(peer):
+        made = Fingerprint.load(peer)  # type: ignore[arg-type]  # a path, as it ends like one
+        subject.base.identity.require_same(made.base, made.label, made.shapes)
+        return made
+    try:
+        opened = open_expert(peer, subject.base, strict=False)  # type: ignore[arg-type]
+    except MergeReadyError as error:
+        raise NotCheckedError(f"a peer cannot be opened: {error}") from error
+    return take_fingerprint(opened.vector, subject.base, subspaces=False)

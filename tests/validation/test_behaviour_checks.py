@@ -1,0 +1,173 @@
+"""Behaviour and composition on a small task: what a trained, an untrained and a harmful expert are told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from mergeready.errors import OptionError
+from mergeready.experts import Base, open_expert
+from mergeready.metrics.take_fingerprint import take_fingerprint
+from mergeready.validation import Evaluation, Report, Verdict, validate
+from mergeready.validation.evaluation import load_evaluation
+from tests.training import small
+from tests.training.small import Net, examples, expert, state_of
+
+
+def write(folder: Path, model: nn.Module) -> Path:
+    folder.mkdir()
+    save_file(state_of(model), folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("world")
+    write(root / "base", Net())
+    for task in range(3):
+        write(root / f"task-{task}", expert(task, steps=60))
+    return root
+
+
+def evaluation(task: int = 0, **changes: Any) -> Evaluation:
+    return Evaluation(**{"model": Net(), "own": small.Evaluation(task)} | changes)
+
+
+def neutral(model: nn.Module) -> torch.Tensor:
+    return model(examples(7, 99, 50)[0])
+
+
+def check(world: Path, name: str = "task-0", peers: tuple[str, ...] = (), **changes: Any) -> Report:
+    return validate(
+        world / name, world / "base", peers=[world / p for p in peers], evaluation=evaluation(**changes)
+    )
+
+
+def verdict(report: Report, name: str) -> Verdict:
+    return next(v for v in report.verdicts if v.id == name)
+
+
+def test_a_trained_expert(world: Path) -> None:
+    report = check(world, peers=("task-1", "task-2"), others={"one": small.Evaluation(1)})
+    own = small.Evaluation(0)
+    found = verdict(report, "E302")
+    assert found.status == "passed"
+    assert found.value == pytest.approx(own.mean(expert(0, steps=60)) - own.mean(Net()))
+    assert verdict(report, "C402").status == "passed"
+    assert all(verdict(report, name).value is not None for name in ("C401", "C402", "C403", "C404", "E304"))
+    assert report.levels_checked == ["file", "base", "behaviour", "composition"]
+    assert report.is_merge_ready
+    assert "2 peers" in verdict(report, "C402").message
+
+
+def test_another_tasks_expert_is_no_better_than_the_base(world: Path) -> None:
+    shuffled = small.Evaluation(0)
+    shuffled._y = shuffled._y[torch.randperm(40, generator=torch.Generator().manual_seed(0))]
+    report = check(world, own=shuffled)
+    assert verdict(report, "E302").status == "failed"
+    assert not report.is_merge_ready or report.failures("warning")
+
+
+def test_without_peers_surrogates_are_named(world: Path) -> None:
+    report = check(world)
+    assert verdict(report, "C401").status == "not checked"
+    assert "surrogates" in verdict(report, "C402").message
+    assert "peers" not in verdict(report, "C402").message
+
+
+def test_without_an_evaluation_nothing_is_claimed(world: Path) -> None:
+    report = validate(world / "task-0", world / "base", peers=[world / "task-1"])
+    assert verdict(report, "C401").status == "passed"
+    assert verdict(report, "C402").status == "not checked"
+    assert not report.is_merge_ready
+
+
+def test_losses_count_the_other_way_round(world: Path) -> None:
+    report = check(world, own=small.Evaluation(0, "loss"))
+    found = verdict(report, "E302")
+    assert found.status == "passed"
+    assert found.value is not None
+    assert found.value < 0
+    assert verdict(report, "C402").status == "passed"
+
+
+def test_an_opponent_is_seen(world: Path, tmp_path: Path) -> None:
+    base, own = state_of(Net()), state_of(expert(0, steps=60))
+    opposite = Net()
+    opposite.load_state_dict({n: 2 * base[n] - t if t.is_floating_point() else t for n, t in own.items()})
+    write(tmp_path / "opposite", opposite)
+    report = validate(
+        world / "task-0", world / "base", peers=[tmp_path / "opposite"], evaluation=evaluation()
+    )
+    found = verdict(report, "C401")
+    assert found.status == "failed"
+    assert found.where == ("opposite",)
+    assert found.value == pytest.approx(-1.0, abs=1e-3)
+    assert verdict(report, "C402").status == "failed"  # the two cancel: nothing is left
+
+
+def test_fingerprints_stand_for_peers_where_no_weights_are_needed(world: Path, tmp_path: Path) -> None:
+    base = Base.open(world / "base")
+    made = take_fingerprint(open_expert(world / "task-1", base).vector, base)
+    path = made.save(tmp_path / "one.fingerprint.safetensors")
+    exact = verdict(check(world, peers=("task-1",)), "C401")
+    report = validate(world / "task-0", world / "base", peers=[path], evaluation=evaluation())
+    assert verdict(report, "C401").value == pytest.approx(exact.value, abs=1e-6)
+    assert "surrogates" in verdict(report, "C402").message
+
+
+def test_folding(world: Path) -> None:
+    own, other = expert(0, steps=60), expert(1, steps=60)
+    assert verdict(check(world, outputs=neutral, unfolded=lambda: own), "E301").status == "passed"
+    wrong = check(world, outputs=neutral, unfolded=lambda: other)
+    assert verdict(wrong, "E301").status == "failed"
+    assert verdict(check(world), "E301").status == "not checked"
+
+
+def test_what_neutral_inputs_say(world: Path) -> None:
+    found = verdict(check(world, outputs=neutral), "E303")
+    before, after = neutral(Net().eval()).double(), neutral(expert(0, steps=60).eval()).double()
+    target = torch.distributions.Categorical(logits=before)
+    exact = torch.distributions.kl_divergence(target, torch.distributions.Categorical(logits=after)).mean()
+    assert found.value == pytest.approx(float(exact), rel=1e-4)
+
+
+def test_an_expert_that_is_good_only_at_full_scale(world: Path) -> None:
+    base, own = state_of(Net())["head.weight"], state_of(expert(0, steps=60))["head.weight"]
+
+    def cliff(model: nn.Module) -> dict[str, float]:
+        return {"accuracy": float((model.head.weight - own).norm() < 0.01 * (own - base).norm())}
+
+    found = verdict(check(world, own=cliff), "E304")
+    assert found.status == "failed"
+    assert found.value == pytest.approx(0.75)
+
+
+def test_the_model_is_as_it_was(world: Path) -> None:
+    model = Net(seed=0)
+    before = state_of(model)
+    validate(world / "task-0", world / "base", peers=[world / "task-1"], evaluation=evaluation(model=model))
+    assert all(torch.equal(t, before[n]) for n, t in state_of(model).items())
+
+
+def make_evaluation(base: object) -> Evaluation:
+    return evaluation(0, metric=str(base))
+
+
+def test_evaluations_are_named_by_module_and_function() -> None:
+    made = load_evaluation("tests.validation.test_behaviour_checks:make_evaluation", "base")
+    assert made.metric == "base"
+    for target, message in (
+        ("nothing", "module:function"),
+        ("tests.nowhere:f", "cannot be imported"),
+        ("tests.training.small:nothing", "cannot be imported"),
+        ("tests.training.small:Net", "not an Evaluation"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            load_evaluation(target, 0)
