@@ -11,6 +11,7 @@ import torch
 
 from mergeready.errors import MergeReadyError, UnsupportedError, listing
 from mergeready.experts.delta import LowRank
+from mergeready.experts.record import read_record
 from mergeready.validation.check import Limits, NotCheckedError, Result, check, failed, passed
 from mergeready.validation.subject import Subject
 from mergeready.weights.source import WeightSource, chunk_ranges
@@ -33,15 +34,15 @@ def readable(subject: Subject, limits: Limits) -> Result:
     """Parses configurations, opens every weight file and compares headers with sizes; reads no values."""
     try:
         kind = subject.adapter_kind
-        fields = subject.model_fields
+        described = bool(subject.model_fields) or kind is not None or read_record(subject.folder) is not None
         infos = subject.source.infos
     except (MergeReadyError, OSError) as error:
         return failed(str(error))
     if not infos:
         return failed("its weight files hold no tensors")
-    if kind is None and not fields:
+    if not described:
         return failed(
-            "it has neither config.json nor adapter_config.json, so nothing says what its tensors are"
+            "nothing says what its tensors are: no config.json, adapter_config.json or mergeready.json"
         )
     size = sum(info.nbytes for info in infos.values()) / 1e6
     return passed(f"{kind or 'full model'}, {len(infos)} tensors, {size:,.1f} MB")
