@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mergeready.errors import MergeReadyError
     from mergeready.experts import Base, BaseIdentity, Expert, TaskVector, open_expert
-    from mergeready.merging import MergedInPlace, merge, merge_adapters, merge_folders
+    from mergeready.merging import MergedInPlace, MergePlan, merge, merge_adapters, merge_folders, merge_plan
     from mergeready.merging.tune import TunedScale, tune_scale
     from mergeready.metrics.compare import Comparison, compare
     from mergeready.metrics.inspection import Inspection, inspect
@@ -32,7 +32,14 @@ __version__ = "0.1.0"
 _PLACES = {
     "mergeready.errors": ["MergeReadyError"],
     "mergeready.experts": ["Base", "BaseIdentity", "Expert", "TaskVector", "open_expert"],
-    "mergeready.merging": ["MergedInPlace", "merge", "merge_adapters", "merge_folders"],
+    "mergeready.merging": [
+        "MergePlan",
+        "MergedInPlace",
+        "merge",
+        "merge_adapters",
+        "merge_folders",
+        "merge_plan",
+    ],
     "mergeready.merging.tune": ["TunedScale", "tune_scale"],
     "mergeready.metrics.compare": ["Comparison", "compare"],
     "mergeready.metrics.inspection": ["Inspection", "inspect"],
@@ -67,6 +74,7 @@ __all__ = [
     "ExpertPlateau",
     "History",
     "Inspection",
+    "MergePlan",
     "MergeReadyError",
     "MergeReadyLoop",
     "MergedInPlace",
@@ -86,6 +94,7 @@ __all__ = [
     "merge",
     "merge_adapters",
     "merge_folders",
+    "merge_plan",
     "open_expert",
     "read_history",
     "recalibrate",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -37,8 +38,9 @@ StrictOption = Annotated[
 
 
 def console() -> Console:
-    """Where commands print: as wide as the terminal, 120 columns into files."""
-    return Console(width=None if sys.stdout.isatty() else 120)
+    """Where commands print: as wide as the terminal, 120 columns into files. Of several ranks only the first prints."""
+    quiet = os.environ.get("RANK", "0") != "0"
+    return Console(width=None if sys.stdout.isatty() else 120, quiet=quiet)
 
 
 def open_all(base: str, experts: list[str], strict: bool) -> tuple[Base, list[Expert]]:

@@ -1,20 +1,29 @@
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.filesize import decimal
 from rich.markup import escape
 
 from mergeready.cli.app import BaseArgument, ExpertsArgument, StrictOption, app, console
-from mergeready.cli.options import parse_dtype, parse_numbers, parse_parameter
+from mergeready.cli.options import parse_bytes, parse_dtype, parse_numbers, parse_parameter
+
+if TYPE_CHECKING:
+    from mergeready.merging.plan import MergePlan
 
 
 @app.command()
 def merge(
     base: BaseArgument,
     experts: ExpertsArgument,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder to write.", show_default=False)
+    ] = None,
     method: Annotated[str, typer.Option("-m", "--method", help="Merge method.")] = "task_arithmetic",
     scale: Annotated[float, typer.Option(help="Factor on the merged delta.")] = 1.0,
     weights: Annotated[str | None, typer.Option(help="One factor an expert, such as 1,0.5.")] = None,
@@ -25,24 +34,97 @@ def merge(
         list[str] | None, typer.Option("-p", "--param", help="Another parameter: name=value.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="Output dtype: float32, bfloat16 or float16.")] = None,
+    arithmetic: Annotated[str, typer.Option(help="Dtype of sums: float32 or float64.")] = "float32",
+    memory: Annotated[
+        str | None, typer.Option(help="Most memory for tensors, such as 500MB.", show_default=False)
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Number of threads; one a core by default.", show_default=False)
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Only say what would be done.")] = False,
     strict: StrictOption = True,
     overwrite: Annotated[bool, typer.Option(help="Replace the output folder if it exists.")] = False,
 ) -> None:
-    """Merge experts of one base into a model folder."""
-    from mergeready.merging import make_method, merge_folders
+    """Merge experts of one base into a model folder.
+
+    After an interruption the same command goes on where it stopped. Started by torchrun, ranks share the work.
+    """
+    from mergeready.merging import make_method, merge_folders, merge_plan
 
     parameters = dict(parse_parameter(text) for text in param or [])
     if density is not None:
         parameters["density"] = density
-    folder = merge_folders(
-        base,
-        experts,
-        output,
-        make_method(method, **parameters),
-        scale=scale,
-        weights=parse_numbers(weights),
-        dtype=parse_dtype(dtype),
-        strict=strict,
-        overwrite=overwrite,
+    options: dict[str, Any] = {
+        "method": make_method(method, **parameters),
+        "scale": scale,
+        "weights": parse_numbers(weights),
+        "dtype": parse_dtype(dtype),
+        "arithmetic": arithmetic,
+        "memory": parse_bytes(memory),
+        "threads": threads,
+        "strict": strict,
+    }
+    out = console()
+    if plan:
+        _print_plan(out, merge_plan(base, experts, **options))
+        return
+    if output is None:
+        raise typer.BadParameter("name the folder to write.", param_hint="'--output'")
+    with _progress_bar(out) as progress:
+        folder = merge_folders(base, experts, output, overwrite=overwrite, progress=progress, **options)
+    out.print(f"Merged {len(experts)} experts with {method} into {escape(str(folder))}/")
+    _print_rounding(out, folder)
+
+
+def _print_plan(out: Console, plan: MergePlan) -> None:
+    from rich.table import Table
+
+    inputs = Table(title="Inputs", title_justify="left")
+    for column in ("", "format", "parameters", "size", "passes"):
+        inputs.add_column(column, justify="left" if column in ("", "format") else "right")
+    for given in plan.inputs:
+        size = decimal(given.nbytes)
+        inputs.add_row(escape(given.label), given.format, f"{given.parameters}", size, f"{given.passes}")
+    methods = Table(title="Methods", title_justify="left")
+    for column in ("", "parameters", "elements", "passes"):
+        methods.add_column(column, justify="right" if column else "left")
+    for used in plan.methods:
+        methods.add_row(used.name, f"{used.parameters}", f"{used.elements:,}", f"{used.passes}")
+    outputs = Table(title="Output", title_justify="left")
+    outputs.add_column("file")
+    outputs.add_column("size", justify="right")
+    for name, size_in_bytes in plan.files.items():
+        outputs.add_row(name, decimal(size_in_bytes))
+    for table in (inputs, methods, outputs):
+        out.print(table)
+    out.print(
+        f"Reads {decimal(plan.read_bytes)}, writes {decimal(plan.write_bytes)}; tensors take at most "
+        f"{decimal(plan.peak_bytes)} of memory on {plan.threads} threads.",
+        highlight=False,
     )
-    console().print(f"Merged {len(experts)} experts with {method} into {escape(str(folder))}/")
+
+
+@contextmanager
+def _progress_bar(out: Console) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar with throughput, on a terminal."""
+    if not out.is_terminal:
+        yield None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=out, transient=True) as bar:
+        task = bar.add_task("merging", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _print_rounding(out: Console, folder: Path) -> None:
+    from mergeready.experts.record import read_record
+
+    record = read_record(folder)
+    loss = None if record is None else record["rounding"]
+    if loss is None or loss["total"] < 0.001:  # nobody would see less
+        return
+    out.print(f"Rounding to {loss['dtype']} loses {loss['total']:.1%} of the merged change. Most in:")
+    for name, share in loss["worst"].items():
+        out.print(f"  {share:.1%} {escape(name)}", highlight=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from mergeready.errors import OptionError
@@ -36,6 +37,23 @@ def parse_numbers(text: str | None) -> list[float] | None:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
         raise OptionError(f"{text!r} is not a list of numbers such as 1,0.5.") from error
+
+
+def parse_bytes(text: str | None) -> int | None:
+    """A size in bytes: a number, with a unit if you like.
+
+    Raises:
+        OptionError: If it is none, or not positive.
+
+    >>> parse_bytes("500MB"), parse_bytes("1.5 GiB"), parse_bytes("4096")
+    (500000000, 1610612736, 4096)
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    if found is None or (found[3] and not found[2]) or float(found[1]) == 0:
+        raise OptionError(f"{text!r} is not a size such as 500MB or 2GiB.")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2].lower() or " "))
 
 
 def parse_dtype(text: str | None) -> Any:

@@ -16,12 +16,14 @@ from mergeready.merging.api import merge
 from mergeready.merging.folders import merge_folders
 from mergeready.merging.in_place import MergedInPlace
 from mergeready.merging.method import ElementwiseMethod, MatrixMethod, MergeMethod, Place
+from mergeready.merging.plan import MergePlan, merge_plan
 from mergeready.merging.registry import make_method, method_class, method_names, register
 
 __all__ = [
     "ElementwiseMethod",
     "MatrixMethod",
     "MergeMethod",
+    "MergePlan",
     "MergedAdapter",
     "MergedInPlace",
     "Place",
@@ -29,6 +31,7 @@ __all__ = [
     "merge",
     "merge_adapters",
     "merge_folders",
+    "merge_plan",
     "method_class",
     "method_names",
     "register",

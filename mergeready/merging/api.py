@@ -9,11 +9,12 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from mergeready.errors import OptionError
+from mergeready.errors import OptionError, listing
 from mergeready.experts.base import Base
 from mergeready.experts.open import ExpertLike, open_expert
+from mergeready.merging.double import Arithmetic
 from mergeready.merging.evaluation import Evaluate
-from mergeready.merging.folders import merge_folders
+from mergeready.merging.folders import Progress, merge_folders
 from mergeready.merging.memory import merge_state, with_state
 from mergeready.merging.parameter import check_dtype
 from mergeready.merging.registry import MethodLike
@@ -56,6 +57,12 @@ def merge(
     statistics: Statistics = "base",
     strict: bool = True,
     overwrite: bool = False,
+    arithmetic: Arithmetic = "float32",
+    shard_bytes: int | None = None,
+    memory: int | None = None,
+    threads: int | None = None,
+    distributed: bool | None = None,
+    progress: Progress | None = None,
     evaluate: Evaluate | Mapping[str, Evaluate] | None = None,
     metric: str | None = None,
     model: nn.Module | None = None,
@@ -78,6 +85,12 @@ def merge(
         statistics: Where running statistics come from: ``base`` or ``average``.
         strict: Refuse experts whose parameter names differ from the base's; see ``open_expert``.
         overwrite: Replace ``output`` if it exists.
+        arithmetic: Dtype of sums. This and the next five are for folders; see ``merge_folders``.
+        shard_bytes: Upper size of one file in bytes.
+        memory: Most memory in bytes that tensors may take together.
+        threads: Number of threads.
+        distributed: Whether to share the work with other ranks.
+        progress: Told how many bytes have been moved, and of how many.
         evaluate: For ``scale="tune"``: an evaluation on validation data, or one a task.
         metric: For ``scale="tune"``: which of the returned metrics, where there are several.
         model: For ``scale="tune"``: a model of the base's architecture to evaluate in, if the base is not one itself.
@@ -102,6 +115,14 @@ def merge(
         )
     elif evaluate is not None or metric is not None or model is not None:
         raise OptionError('`evaluate`, `metric` and `model` belong to `scale="tune"`.')
+    for_folders: dict[str, Any] = {
+        "shard_bytes": shard_bytes,
+        "memory": memory,
+        "threads": threads,
+        "distributed": distributed,
+        "progress": progress,
+    }
+    given = {name: value for name, value in for_folders.items() if value is not None}
     if isinstance(base, str | Path):
         if output is None:
             raise OptionError("`output` is needed to merge folders: name the folder to write.")
@@ -117,10 +138,15 @@ def merge(
             statistics=statistics,
             strict=strict,
             overwrite=overwrite,
+            arithmetic=arithmetic,
+            **given,
             **parameters,
         )
-    if output is not None:
-        raise OptionError("`output` belongs to merges of folders; this one returns its result.")
+    given |= {} if output is None else {"output": output}
+    given |= {} if arithmetic == "float32" else {"arithmetic": arithmetic}
+    if given:
+        names = listing(f"`{name}`" for name in given)
+        raise OptionError(f"only merges of folders have {names}; this one returns its result.")
     if isinstance(base, nn.Module) and dtype is not None:
         raise OptionError("`dtype` cannot be chosen for a module; convert the base first.")
     if not experts:

@@ -291,7 +291,9 @@ def _write_rest(job: MergeJob, folder: Path, entries: Sequence[Finished]) -> Non
         copy_companions(job.base.folder, folder)
     job.layout.write_index(folder)
     facts = job.settings.describe() | {"experts": len(job.experts)}
-    write_record(folder, job.base.identity, merge=facts, rounding=RoundingLoss.of(entries).describe())
+    dtypes = [job.layout.infos[entry.name].dtype for entry in entries if entry.change]
+    rounding = RoundingLoss.of(entries, dtypes).describe()
+    write_record(folder, job.base.identity, merge=facts, rounding=rounding)
     if job.dtype is not None:
         _set_config_dtype(folder / "config.json", job.dtype)
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from mergeready.errors import LostRankError, MergeReadyError, OptionError
 
 _T = TypeVar("_T")
+_MEETING = timedelta(minutes=10)
 _TIME_LIMIT = timedelta(days=7)  # the slowest rank sets the pace; a rank that died is noticed at once
 
 
@@ -93,15 +94,14 @@ def open_ranks(distributed: bool | None = None) -> Iterator[Ranks]:
         )
     if distributed is False or count == 1:
         yield Ranks()
-    elif started:
+        return
+    if not started:
+        dist.init_process_group("gloo", timeout=_MEETING)
+    try:
         group = dist.new_group(backend="gloo", timeout=_TIME_LIMIT)
-        try:
-            yield TorchRanks(group)
-        finally:
+        yield TorchRanks(group)
+    finally:
+        if started:
             dist.destroy_process_group(group)
-    else:
-        dist.init_process_group("gloo", timeout=_TIME_LIMIT)
-        try:
-            yield TorchRanks(dist.group.WORLD)
-        finally:
+        else:
             dist.destroy_process_group()

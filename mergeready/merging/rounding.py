@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -30,20 +30,22 @@ class RoundingLoss:
     bfloat16 has 8 bits, and a change of 1 % of a weight keeps one or two of them.
 
     Attributes:
+        dtype: What was rounded to.
         total: Of all parameters together.
         worst: Of the parameters that lose most, most first.
     """
 
+    dtype: str
     total: float
     worst: dict[str, float]
 
     @classmethod
-    def of(cls, finished: Iterable[Finished]) -> RoundingLoss:
-        """Sum up what each parameter lost.
+    def of(cls, finished: Iterable[Finished], dtypes: Iterable[torch.dtype]) -> RoundingLoss:
+        """Sum up what each parameter lost, by what is known of each and the dtypes of all.
 
-        >>> loss = RoundingLoss.of([Finished("a", change=4.0, error=1.0), Finished("b", change=12.0, error=0.0)])
-        >>> loss.total, loss.worst
-        (0.25, {'a': 0.5})
+        >>> finished = [Finished("a", change=4.0, error=1.0), Finished("b", change=12.0, error=0.0)]
+        >>> RoundingLoss.of(finished, [torch.bfloat16])
+        RoundingLoss(dtype='bfloat16', total=0.25, worst={'a': 0.5})
         """
         changed = [entry for entry in finished if entry.change > 0]
         shares = {entry.name: _digits(math.sqrt(entry.error / entry.change)) for entry in changed}
@@ -51,11 +53,12 @@ class RoundingLoss:
         whole = math.fsum(entry.change for entry in changed)
         lost = math.fsum(entry.error for entry in changed)
         total = _digits(math.sqrt(lost / whole)) if whole else 0.0
-        return cls(total, {name: shares[name] for name in worst[:_WORST]})
+        names = ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes}))
+        return cls(names, total, {name: shares[name] for name in worst[:_WORST]})
 
     def describe(self) -> dict[str, Any]:
         """Everything, JSON-ready."""
-        return {"total": self.total, "worst": self.worst}
+        return asdict(self)
 
 
 def _digits(value: float) -> float:

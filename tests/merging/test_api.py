@@ -123,7 +123,7 @@ def test_a_method_object_and_its_name_are_the_same(world: World) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"output": "x"}, "`output` belongs to merges of folders"),
+        ({"output": "x"}, "only merges of folders have `output`"),
         ({"weights": [1.0]}, "`weights` has 1 values for 2 experts"),
         ({"scale": float("nan")}, "`scale` must be finite"),
         ({"method": "tis"}, "there is no merge method"),

@@ -1,12 +1,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertForSequenceClassification, GPT2LMHeadModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertForSequenceClassification,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from mergeready.errors import (
     BaseMismatchError,
@@ -20,7 +33,7 @@ from mergeready.experts import open_expert
 from mergeready.merging import make_method, merge_folders, method_names
 from tests.merging.methods import built
 from tests.merging.worlds import World, close, equal, make_world, state, summed, tensors_of
-from tests.models import TinyConvNet, perturb, tiny_bert, tiny_gpt2, token_batch
+from tests.models import TinyConvNet, perturb, tiny_bert, tiny_gpt2, tiny_llama, token_batch
 
 
 @pytest.fixture(scope="module")
@@ -323,3 +336,51 @@ def test_an_output_that_holds_an_input_is_refused(world: World, tmp_path: Path) 
             overwrite=True,
         )
     assert (tmp_path / "models" / "base" / "config.json").is_file()
+
+
+def tied_llama() -> LlamaForCausalLM:
+    config = tiny_llama().config
+    config.tie_word_embeddings = True
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).eval()
+
+
+def with_tokenizer(model: PreTrainedModel, folder: Path) -> Path:
+    words = {word: i for i, word in enumerate(["[UNK]", "merge", "ready", "law", "code"])}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, "[UNK]")), unk_token="[UNK]"
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("shard_bytes", [30_000, 10**9])
+@pytest.mark.parametrize(
+    ("make", "auto"),
+    [
+        (tiny_llama, AutoModelForCausalLM),
+        (tied_llama, AutoModelForCausalLM),
+        (tiny_bert, AutoModelForSequenceClassification),
+    ],
+)
+def test_from_pretrained_loads_model_and_tokenizer(
+    tmp_path: Path, make: Callable[[], PreTrainedModel], auto: Any, shard_bytes: int
+) -> None:
+    base = with_tokenizer(make(), tmp_path / "base")
+    experts = [perturb(make(), seed) for seed in (1, 2)]
+    for i, expert in enumerate(experts):
+        expert.save_pretrained(tmp_path / f"expert-{i}")
+    folders = [tmp_path / "expert-0", tmp_path / "expert-1"]
+    out = merge_folders(base, folders, tmp_path / "out", "average", shard_bytes=shard_bytes)
+    assert (len(list(out.glob("*.safetensors"))) > 1) == (shard_bytes == 30_000)
+    loaded, info = auto.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values()), info
+    close(state(loaded), summed(make(), experts, [0.5, 0.5], 1.0))
+    output, tied = loaded.get_output_embeddings(), bool(loaded.config.tie_word_embeddings)
+    if output is not None:
+        assert (output.weight is loaded.get_input_embeddings().weight) == tied
+        assert ("lm_head.weight" in tensors_of(out)) != tied
+    assert AutoTokenizer.from_pretrained(out).convert_tokens_to_ids(["merge", "code", "other"]) == [1, 4, 0]
+    for path in base.glob("*token*"):
+        assert (out / path.name).read_bytes() == path.read_bytes()

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+import mergeready
+from mergeready.cli import merge as command
+from mergeready.experts.record import read_record
+from mergeready.merging import merge_folders, merge_plan
+from tests.cli.test_cli import Main, here, main, read, run, succeed, world  # noqa: F401 - fixtures among them
+
+
+def test_a_plan_touches_nothing(here: Path, tmp_path: Path) -> None:  # noqa: F811 - a fixture
+    text = succeed("merge", "base", "law", "adapter", "-m", "ties", "--plan", "--dtype", "bfloat16")
+    plan = merge_plan(here / "base", [here / "law", here / "adapter"], "ties", dtype=torch.bfloat16)
+    for word in ("law", "adapter", "peft", "ties", "model.safetensors", f"{plan.methods[0].elements:,}"):
+        assert word in text
+    assert f"{plan.inputs[1].nbytes / 1000:.1f} kB" in text
+    assert f"writes {plan.write_bytes / 1000:.1f} kB" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resources(here: Path, tmp_path: Path, main: Main) -> None:  # noqa: F811 - fixtures
+    arguments = ["merge", "base", "law", "-m", "tsv_m", "-o", tmp_path / "out", "--threads", "2"]
+    code, _, error = main(*arguments, "--memory", "1kB")
+    assert code == 1
+    assert "`memory` is 0 MB, and these parameters need more" in error
+    assert list(tmp_path.iterdir()) == []
+    succeed(*arguments, "--memory", "100 MB")
+    assert (tmp_path / "out").is_dir()
+    for wrong in ("lots", "-1MB", "0", "5iB"):
+        code, _, error = main(*arguments, "--memory", wrong, "--overwrite")
+        assert (code, f"'{wrong}' is not a size" in error) == (1, True)
+
+
+def test_double_precision(here: Path, tmp_path: Path) -> None:  # noqa: F811 - a fixture
+    succeed("merge", "base", "law", "-o", tmp_path / "a", "--arithmetic", "float64", "--scale", "0.3")
+    merge_folders(here / "base", [here / "law"], tmp_path / "b", arithmetic="float64", scale=0.3)
+    a, b = read(tmp_path / "a"), read(tmp_path / "b")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_what_rounding_loses(here: Path, tmp_path: Path) -> None:  # noqa: F811 - a fixture
+    assert "Rounding" not in succeed("merge", "base", "law", "-o", tmp_path / "a")
+    text = succeed("merge", "base", "law", "-o", tmp_path / "b", "--dtype", "bfloat16")
+    record = read_record(tmp_path / "b")
+    assert record is not None
+    loss = record["rounding"]
+    assert f"Rounding to bfloat16 loses {loss['total']:.1%} of the merged change." in text
+    for name, share in loss["worst"].items():
+        assert f"{share:.1%} {name}" in " ".join(text.split())
+
+
+def test_an_output_is_needed_unless_planning(here: Path) -> None:  # noqa: F811 - a fixture
+    done = run("merge", "base", "law")
+    assert done.exit_code == 2
+    assert "--output" in done.output
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_shown_on_terminals_only(terminal: bool) -> None:
+    out = Console(force_terminal=terminal, width=100, record=True, file=io.StringIO())
+    with command._progress_bar(out) as progress:
+        assert (progress is not None) == terminal
+        if progress is not None:
+            progress(500_000, 1_000_000)
+    text = out.export_text()
+    assert ("0.5/1.0 MB" in text or "500.0" in text) == terminal
+
+
+@pytest.mark.slow
+def test_ranks_of_torchrun(here: Path, tmp_path: Path) -> None:  # noqa: F811 - a fixture
+    arguments = ["merge", "base", "law", "adapter", "-m", "ties"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"PYTHONPATH": str(Path(mergeready.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, *launcher, "-m", "mergeready.cli", *arguments, "-o", str(tmp_path / "two")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Merged 2 experts") == 1
+    succeed(*arguments, "-o", tmp_path / "one")
+    for path in (tmp_path / "one").iterdir():
+        assert (tmp_path / "two" / path.name).read_bytes() == path.read_bytes()
