@@ -2,11 +2,17 @@
 
 from mergeready.merging import (  # noqa: F401 - each registers its methods
     average,
+    breadcrumbs,
+    consensus,
     dare,
+    della,
     fisher,
     iso_c,
     iso_cts,
+    model_stock,
+    pcb,
     regmean,
+    slerp,
     task_arithmetic,
     ties,
     tsv_m,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mergeready.experts import BaseIdentity, DeltaTaskVector, Dense, TaskVector
@@ -97,3 +99,18 @@ def elected(deltas: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
     importance = importance.reshape(-1, *[1] * (stacked.ndim - 1))
     total = (importance * agrees).sum(0)
     return torch.where(total > 0, (stacked * agrees).sum(0) / total.clamp(min=1e-300), 0.0)
+
+
+def golden(method: str) -> dict[str, Tensor]:
+    """What another implementation made of the same inputs; goldens/README.md says which and how."""
+    return load_file(Path(__file__).parent / "goldens" / f"{method}.safetensors")
+
+
+def golden_deltas(stored: dict[str, Tensor]) -> list[Tensor]:
+    """The inputs of a golden: stored as ``delta.0``, ``delta.1`` …"""
+    return [stored[key] for key in sorted(stored) if key.startswith("delta.")]
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    difference = ours.double().reshape(-1) - theirs.double().reshape(-1)
+    return float(difference.norm() / theirs.double().norm())

@@ -26,24 +26,30 @@ ELEMENTWISE = [name for name in method_names() if issubclass(method_class(name),
 
 
 @pytest.mark.parametrize("name", ELEMENTWISE)
-def test_results_do_not_depend_on_how_a_parameter_is_cut(name: str) -> None:
-    """Bit by bit: engines and shards may cut differently."""
-    method = built(name, {NAME: torch.zeros(997)}, 3)
+@pytest.mark.parametrize("shape", [(997,), (37, 27), (3, 5, 64)])
+def test_results_do_not_depend_on_how_a_parameter_is_cut(name: str, shape: tuple[int, ...]) -> None:
+    """Bit by bit, also in the middle of a row: engines and shards may cut differently."""
+    factors = [0.3, 0.7] if name == "slerp" else [0.3, 0.7, 1.1]
+    method = built(name, {NAME: torch.zeros(shape)}, len(factors))
     generator = torch.Generator().manual_seed(0)
-    deltas = [torch.randn(997, generator=generator) for _ in range(3)]
-    factors = [0.3, 0.7, 1.1]
+    deltas = [torch.randn(shape, generator=generator) for _ in factors]
     made = vectors(deltas)
+    info = made[0].infos[NAME]
     prepared = [method.prepare(vector, NAME, slot) for slot, vector in enumerate(made)]
 
+    def read(start: int, stop: int) -> list[torch.Tensor]:
+        return [delta.reshape(-1)[start:stop].clone() for delta in deltas]
+
+    joint = method.prepare_jointly(read, info, factors, prepared)
+
     def combine(start: int, stop: int) -> torch.Tensor:
-        pieces = [delta[start:stop].clone() for delta in deltas]
-        return method.combine(pieces, factors, prepared, Place(NAME, start, stop))
+        return method.combine(read(start, stop), factors, prepared, Place(NAME, start, stop, joint))
 
-    whole = combine(0, 997)
+    whole = combine(0, info.numel)
 
-    @given(st.lists(st.integers(1, 996), max_size=8))
+    @given(st.lists(st.integers(1, info.numel - 1), max_size=8))
     def check(cuts: list[int]) -> None:
-        borders = sorted({0, 997, *cuts})
+        borders = sorted({0, info.numel, *cuts})
         pieces = [combine(a, b) for a, b in pairwise(borders)]
         assert torch.equal(torch.cat(pieces), whole)
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mergeready.merging.random_mask import kept_share, random_mask
+from mergeready.merging.random_mask import LEVELS, kept_share, random_mask, random_numbers
 
 COUNT = 200_000
 densities = st.floats(1e-6, 1)
@@ -113,3 +113,24 @@ def test_kept_share_is_the_density_on_its_grid(density: float) -> None:
 def test_density_one_keeps_everything(density: float) -> None:
     assert kept_share(density) == 1
     assert bool(mask(density).all())
+
+
+def numbers(start: int = 0, stop: int = COUNT, **other: object) -> Tensor:
+    settings = {"seed": 0, "slot": 0, "name": "layer.weight"} | other
+    return torch.from_numpy(random_numbers(start=start, stop=stop, **settings).astype("int64"))
+
+
+@given(density=densities, start=st.integers(0, 300), length=st.integers(0, 300), slot=st.integers(0, 9))
+def test_a_mask_is_where_numbers_are_below_its_share(
+    density: float, start: int, length: int, slot: int
+) -> None:
+    drawn = numbers(start, start + length, slot=slot)
+    assert torch.equal(drawn < kept_share(density) * LEVELS, mask(density, start + length, start, slot=slot))
+
+
+def test_numbers_are_uniform() -> None:
+    drawn = numbers()
+    assert 0 <= int(drawn.min()) < int(drawn.max()) < LEVELS
+    counts = torch.bincount(drawn * 100 // LEVELS, minlength=100)
+    # Five standard deviations of a binomial count.
+    assert float((counts - COUNT / 100).abs().max()) < 5 * math.sqrt(COUNT / 100)
