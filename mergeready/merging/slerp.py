@@ -67,5 +67,6 @@ class Slerp(ElementwiseMethod):
 def _require_two(count: int) -> None:
     if count != 2:
         raise OptionError(
-            f"slerp is for exactly two experts, not {count}. Use average or model_stock for more, or merge two at a time."
+            f"slerp is for exactly two experts, not {count}. Use average or model_stock for more, "
+            "or merge two at a time."
         )

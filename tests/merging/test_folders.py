@@ -205,7 +205,11 @@ def test_a_tied_model_stays_tied(tmp_path: Path) -> None:
         torch.testing.assert_close(loaded(**batch).logits, expert(**batch).logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["average", "task_arithmetic", "ties", "dare_linear", "dare_ties"])
+KEEPING = ["average", "task_arithmetic", "ties", "dare_linear", "dare_ties"]
+KEEPING += ["breadcrumbs", "consensus", "della", "della_linear", "model_stock"]
+
+
+@pytest.mark.parametrize("method", KEEPING)
 def test_odd_shapes(tmp_path: Path, method: str) -> None:
     base = {"scalar": torch.tensor(1.0), "empty": torch.zeros(0, 3), "one": torch.ones(1), "m": torch.eye(3)}
     expert = {name: tensor + 0.5 for name, tensor in base.items()}

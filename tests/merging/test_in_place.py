@@ -82,7 +82,11 @@ def test_an_adapter_equals_the_folders(world: World, method: str, base_inside: b
     assert bits(model) == before
 
 
-@pytest.mark.parametrize("method", ["average", "task_arithmetic", "ties", "dare_linear", "dare_ties"])
+SEVERAL = ["average", "task_arithmetic", "ties", "dare_linear", "dare_ties"]
+SEVERAL += ["breadcrumbs", "consensus", "della", "model_stock", "pcb"]
+
+
+@pytest.mark.parametrize("method", SEVERAL)
 def test_several_experts_of_both_kinds_equal_the_folders(world: World, method: str, tmp_path: Path) -> None:
     model = copy.deepcopy(world.experts[0])
     experts, weights = [*world.folders, world.adapter_folder], [1.0, 0.5, 2.0]

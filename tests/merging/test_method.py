@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergeready.merging import ElementwiseMethod, Place, make_method, method_class, method_names
+from mergeready.merging.double import in_arithmetic
 from mergeready.merging.method import weighted_sum
-from tests.merging.formulas import NAME, vectors
+from mergeready.merging.parameter import merged_delta
+from tests.merging.formulas import NAME, merged, vectors
 from tests.merging.methods import built
 
 
@@ -68,3 +70,17 @@ def test_weighted_sum(count: int, seed: int) -> None:
 def test_one_weight_an_expert() -> None:
     with pytest.raises(ValueError, match=r"shorter|longer"):
         weighted_sum([torch.ones(2), torch.ones(2)], [1.0])
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_sums_in_float64_change_nothing_but_rounding(name: str) -> None:
+    factors = [0.5, 0.25] if name == "slerp" else [0.5, 0.25, 1.0]
+    generator = torch.Generator().manual_seed(2)
+    for shape in ((40, 30), (60,), (1,), ()):
+        deltas = [torch.randn(shape, generator=generator) for _ in factors]
+        method = built(name, {NAME: torch.zeros(shape)}, len(factors))
+        double = in_arithmetic("float64", method)
+        found = merged_delta(double, NAME, vectors(deltas)[0].infos[NAME], vectors(deltas), factors)
+        assert found is not None
+        assert found.dtype == torch.float64
+        torch.testing.assert_close(found.float(), merged(method, deltas, factors), rtol=1e-4, atol=1e-5)

@@ -126,7 +126,23 @@ def test_nothing_is_merged_where_no_expert_has_a_delta() -> None:
     assert merged_delta(make_method("ties"), NAME, info(3), [], []) is None
 
 
-@pytest.mark.parametrize("name", ["average", "task_arithmetic", "ties", "dare_linear", "dare_ties"])
+METHODS = [
+    "average",
+    "breadcrumbs",
+    "consensus",
+    "dare_linear",
+    "dare_ties",
+    "della",
+    "della_linear",
+    "model_stock",
+    "pcb",
+    "slerp",
+    "task_arithmetic",
+    "ties",
+]
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_experts_are_not_written_to(name: str) -> None:
     deltas = [torch.randn(50), torch.randn(50)]
     before = [delta.clone() for delta in deltas]
@@ -213,18 +229,24 @@ def test_the_expert_to_blame_is_named() -> None:
         raise_if_broken([NAME], [good])
 
 
-@pytest.mark.parametrize("name", ["average", "task_arithmetic", "ties", "dare_linear", "dare_ties"])
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("where", ["one", "all", "infinite"])
 def test_no_method_loses_sight_of_nan(name: str, where: str) -> None:
     """Not by trimming or dropping it, not by outvoting it, not by a weight of zero."""
     bad = torch.randn(100, generator=torch.Generator().manual_seed(0))
     bad[0 if where != "all" else slice(None)] = math.inf if where == "infinite" else math.nan
-    made = vectors([torch.ones(100), bad, torch.ones(100)])
-    for factors in ([1.0, 1.0, 1.0], [1.0, 0.0, 1.0]):
-        for density in ({}, {"density": 0.01}, {"density": 1}):
-            if density and name in ("average", "task_arithmetic"):
-                continue
-            result = merged_delta(make_method(name, **density), NAME, info(100), made, factors)
+    deltas, factors = [torch.ones(100), bad, torch.ones(100)], [[1.0, 1.0, 1.0], [1.0, 0.0, 1.0]]
+    if name == "slerp":
+        deltas, factors = deltas[:2], [[1.0, 1.0], [1.0, 0.0]]
+    given: list[dict[str, float]] = [{}]
+    if "density" in make_method(name).describe():
+        given += [{"density": 0.01}, {"density": 1}]
+    for weights in factors:
+        for parameters in given:
+            if name.startswith("della") and parameters:
+                parameters["epsilon"] = 0.005
+            method = make_method(name, **parameters)
+            result = merged_delta(method, NAME, info(100), vectors(deltas), weights)
             assert not bool(torch.isfinite(result).all())
 
 

@@ -22,6 +22,9 @@ from mergeready.merging.registry import _METHODS, require_fraction
 from tests.merging.methods import built
 
 OWN = ["average", "dare_linear", "dare_ties", "task_arithmetic", "ties"]
+OWN += ["breadcrumbs", "consensus", "della", "della_linear", "model_stock", "pcb", "slerp"]
+
+DENSE = ["ties", "dare_linear", "dare_ties", "breadcrumbs", "pcb"]
 
 
 @pytest.fixture
@@ -92,14 +95,14 @@ def test_unknown_parameters_are_listed() -> None:
         make_method("average", density=0.1)
 
 
-@pytest.mark.parametrize("name", ["ties", "dare_linear", "dare_ties"])
+@pytest.mark.parametrize("name", [*DENSE, "della", "della_linear"])
 @pytest.mark.parametrize("density", [0, -0.1, 1.0001, float("nan"), float("inf"), "0.5", None])
 def test_densities_outside_the_range_are_refused(name: str, density: object) -> None:
     with pytest.raises(OptionError, match=r"`density` must be in \(0, 1\]"):
         make_method(name, density=density)
 
 
-@pytest.mark.parametrize("name", ["ties", "dare_linear", "dare_ties"])
+@pytest.mark.parametrize("name", DENSE)
 @pytest.mark.parametrize("density", [1e-9, 0.2, 1, 1.0])
 def test_densities_inside_the_range_are_accepted(name: str, density: float) -> None:
     assert make_method(name, density=density).describe()["density"] == density
