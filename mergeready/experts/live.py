@@ -1,36 +1,47 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from mergeready.errors import OptionError, UnsupportedError, listing
-from mergeready.experts.base import Base
+from mergeready.experts.base import Base, require_wide_floats
+from mergeready.experts.identity import BaseIdentity
 from mergeready.experts.kinship import require_frozen_equal, require_kinship
 from mergeready.experts.open import pair_with_base
 from mergeready.experts.peft_config import PeftConfig
 from mergeready.experts.peft_lora import PeftTaskVector
 from mergeready.experts.task_vector import FullTaskVector, TaskVector
+from mergeready.weights.live import LiveSource
 from mergeready.weights.module import ModuleSource, module_parameters, plain_name, unwrap
 from mergeready.weights.open import WeightsLike
-from mergeready.weights.state_dict import StateDictSource
+from mergeready.weights.ranks import Ranks
+from mergeready.weights.shards import Held, held, require_readable, reshard
+from mergeready.weights.shares import Shares
 
 
 class LiveExpert:
     """A model in training seen as an expert: its task vector of this moment, and where merged weights go.
 
+    Of a model that is sharded by FSDP2 or tensor parallelism, a rank reads and writes what it holds. All ranks make
+    one together then.
+
     Args:
         model: The model, plain or with one PEFT LoRA adapter; wrappers such as DDP are looked through.
         base: The base. May be None for a PEFT model whose only trained parameters belong to the adapter: the
             frozen weights inside the model are the base then.
+        ranks: The processes that take part; by default all where the model is sharded, else this one alone.
 
     Attributes:
         model: The unwrapped model.
+        ranks: The processes that take part.
         base: The base, opened.
         vector: The live task vector; reading it reads the model.
         targets: Base name to the live tensor that holds that weight when no adapter acts.
+        blocks: Base name to what this rank holds of that tensor.
+        is_sharded: Whether some rank holds a part of some tensor only.
         extra: Parameters that the base does not have, such as the task's head.
         missing: Base parameters that the model does not have; they count as unchanged.
         base_is_live: Whether the base's values are read from the model itself.
@@ -39,32 +50,44 @@ class LiveExpert:
         OptionError: If a base is needed and None was given.
         BaseMismatchError: If the model does not descend from the base.
         MismatchError: If shapes differ.
-        UnsupportedError: If the model's adapters cannot be seen as one change of the weights.
+        UnsupportedError: If the model's adapters cannot be seen as one change of the weights, or its parameters are
+            kept where they cannot be read (FSDP1, ZeRO-3).
     """
 
-    def __init__(self, model: nn.Module, base: WeightsLike | Base | None) -> None:
+    def __init__(self, model: nn.Module, base: WeightsLike | Base | None, ranks: Ranks | None = None) -> None:
+        require_readable(model)
         self.model = unwrap(model)
+        reshard(self.model)
+        self._adapter: LiveSource | None = None
         self.is_peft = is_peft(self.model)
         self.base_is_live = base is None
         if self.is_peft:
             self._bind_peft(base)
         else:
             self._bind_full(base)
+        self.blocks: Mapping[str, Held] = {name: held(target) for name, target in self.targets.items()}
+        self.ranks = ranks or (Ranks.world() if self.is_sharded else Ranks.alone())
+        self._shares = Shares(self.vector.infos, self.blocks, self.ranks)
 
     def _bind_full(self, base: WeightsLike | Base | None) -> None:
         if base is None:
             raise OptionError("a model that is trained whole needs `base`: the weights it started from.")
         self.base = Base.open(base)
         source = ModuleSource(self.model)
-        names, self.extra, self.missing = pair_with_base(source, self.base, strict=False)
-        require_kinship(source, self.base.source, names)
+        # What is compared by samples is gathered one tensor at a time where it is sharded.
+        seen = source.whole()
+        names, self.extra, self.missing = pair_with_base(seen, self.base, strict=False)
+        require_kinship(seen, self.base.source, names)
         parameters = module_parameters(self.model)
         self.targets: Mapping[str, Tensor] = {
             b: parameters[own] for b, own in names.items() if own in parameters
         }
         frozen = {b: names[b] for b, target in self.targets.items() if not target.requires_grad}
-        require_frozen_equal(source, self.base.source, frozen)
+        require_frozen_equal(seen, self.base.source, frozen)
         trained = {b: names[b] for b in self.targets if b not in frozen}
+        self.is_sharded = source.is_sharded
+        self._own: LiveSource = source
+        self._own_names = trained
         self.vector: TaskVector = FullTaskVector(
             source, self.base.source, trained, self.base.identity, "this run"
         )
@@ -79,21 +102,54 @@ class LiveExpert:
             )
         name = model.active_adapters[0]
         inner = _base_parameters(model)
+        own = LiveSource(inner, f"live {type(model).__name__}")
+        seen = own.whole()
         if base is None:
             _require_adapter_only(model, inner)
-            self.base = Base.open(StateDictSource(inner, "the frozen weights of the model"))
+            own.label = seen.label = "the frozen weights of the model"
+            require_wide_floats(own)
+            self.base = Base(own, BaseIdentity.of(seen))
         else:
             self.base = Base.open(base)
-        own = StateDictSource(inner, f"live {type(model).__name__}")
-        names, self.extra, self.missing = pair_with_base(own, self.base, strict=False)
+        names, self.extra, self.missing = pair_with_base(seen, self.base, strict=False)
         if base is not None:
             frozen = {b: name for b, name in names.items() if not inner[name].requires_grad}
-            require_frozen_equal(own, self.base.source, frozen)
+            require_frozen_equal(seen, self.base.source, frozen)
         self.targets = {base_name: inner[own] for base_name, own in names.items()}
         state = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        self._adapter = LiveSource(state, "adapter")
         config = PeftConfig(model.peft_config[name].to_dict(), "the adapter in training")
-        vector = PeftTaskVector(StateDictSource(state, "adapter"), config, self.base, "this run")
+        vector = PeftTaskVector(self._adapter, config, self.base, "this run")
         self.vector, self.extra = vector, self.extra + vector.extra
+        self.is_sharded = own.is_sharded or self._adapter.is_sharded
+        self._own, self._own_names = own, names if base is None else {}
+
+    @contextmanager
+    def readable(self) -> Iterator[None]:
+        """Inside, this rank can read the task vector where it holds the parameter.
+
+        The factors of an adapter are gathered for that: a few rows of their product need all of one of them. A
+        collective of all ranks where the model is sharded.
+        """
+        adapter = self._adapter
+        with nullcontext() if adapter is None else adapter.gathered(adapter.infos):
+            yield
+
+    @contextmanager
+    def gathered(self, name: str) -> Iterator[None]:
+        """Inside, and inside ``readable``, every rank can read one parameter's whole delta.
+
+        A collective of all ranks where the model is sharded.
+        """
+        with self._own.gathered([self._own_names[name]] if name in self._own_names else []):
+            yield
+
+    def pieces(self) -> Iterator[tuple[str, int, int]]:
+        """What this rank has to measure: base name, first element and end of each piece; use inside ``readable``."""
+        for name in self.vector:
+            in_one_range = name not in self.blocks or self.blocks[name].span is not None
+            with nullcontext() if in_one_range else self.gathered(name):
+                yield from ((name, start, stop) for start, stop in self._shares.of(name))
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:
@@ -119,7 +175,8 @@ def is_peft(model: nn.Module) -> bool:
     Raises:
         UnsupportedError: If it carries adapters that were injected without PEFT's model class.
     """
-    if type(model).__module__.startswith("peft."):
+    # Any class of its ancestry, as `fully_shard` gives a model a class of its own.
+    if any(ancestor.__module__.startswith("peft.") for ancestor in type(model).__mro__):
         return True
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UnsupportedError(

@@ -15,7 +15,7 @@ from mergeready.experts.open import ExpertLike, open_expert
 from mergeready.experts.task_vector import TaskVector
 from mergeready.merging.parameter import (
     add_delta,
-    merged_delta,
+    merged_span,
     raise_if_broken,
     require_finite_chunk,
 )
@@ -25,6 +25,7 @@ from mergeready.merging.statistics import expert_statistics, warn_if_stale
 from mergeready.weights.guard import untouched
 from mergeready.weights.module import ModuleSource
 from mergeready.weights.open import WeightsLike
+from mergeready.weights.shards import local, reshard
 
 
 class MergedInPlace:
@@ -33,6 +34,10 @@ class MergedInPlace:
     The merge is computed once, on entry; ``set_scale`` then changes the scale at the cost of one addition. Weights,
     buffers, random state, training flags and ``requires_grad`` are put back also after an exception. Beside the
     model this holds its own weights and the merged deltas, on the CPU.
+
+    Of a model that is sharded over ranks, each rank merges what it holds; one parameter at a time is gathered, for
+    methods that need more of it. All ranks enter together then. Leaving takes no collective, so a rank that fails
+    inside leaves none of the others waiting.
 
     Args:
         model: The model in training, or a ``LiveExpert`` that was made from it.
@@ -120,23 +125,45 @@ class MergedInPlace:
         self._write()
 
     def _merge(self) -> dict[str, Tensor]:
+        """The merged deltas of what this rank holds, on the CPU."""
         deltas: dict[str, Tensor] = {}
         broken: list[str] = []
-        infos = self.live.base.source.infos
-        for name in self._names:
-            setting = self._settings.at(name)
-            delta = merged_delta(setting.method, name, infos[name], self.vectors, setting.weights)
-            if delta is None:
-                delta = torch.zeros(infos[name].shape)
-            require_finite_chunk(delta, name, broken)
-            deltas[name] = delta.cpu()
-        raise_if_broken(broken, self.vectors)
+        failure: Exception | None = None
+        with self.live.readable():
+            for name in self._names:
+                # Every rank takes part in gathering all parameters, also after a failure, or the others would wait.
+                with self.live.gathered(name):
+                    if failure is None:
+                        try:
+                            deltas[name] = self._merged(name)
+                            require_finite_chunk(deltas[name], name, broken)
+                        except Exception as error:  # noqa: BLE001 - raised below, on every rank
+                            failure = error
+            with self.live.ranks.together():
+                if failure is not None:
+                    raise failure
+                raise_if_broken(broken, self.vectors)
         return deltas
+
+    def _merged(self, name: str) -> Tensor:
+        setting, info = self._settings.at(name), self.live.base.source.infos[name]
+        block = self.live.blocks[name]
+        # A block that is whole or no range of elements is computed in the same pieces as by every other engine.
+        span = block.span if block.sizes != block.shape else None
+        merged = merged_span(setting.method, name, info, self.vectors, setting.weights, span)
+        if merged is None:
+            return torch.zeros(block.sizes)
+        return merged.reshape(block.sizes).cpu() if span else block.of(merged.reshape(block.shape)).cpu()
 
     @torch.no_grad()
     def _write(self) -> None:
+        reshard(self.live.model)
         for name, delta in self._deltas.items():
-            target = self.live.targets[name]
+            target = local(self.live.targets[name])
             # With a live base the target *is* the base until it is overwritten; what was kept still is.
-            base = self._kept[name] if self.live.base_is_live else self.live.base.source.read(name)
+            base = (
+                self._kept[name]
+                if self.live.base_is_live
+                else self.live.blocks[name].read(self.live.base.source, name)
+            )
             target.copy_(add_delta(base, delta, self._settings.at(name).scale, target.dtype))

@@ -16,18 +16,32 @@ from mergeready.weights.source import TensorInfo, chunk_ranges
 
 
 def merged_chunks(
-    method: MergeMethod, name: str, info: TensorInfo, vectors: Sequence[TaskVector], weights: Sequence[float]
+    method: MergeMethod,
+    name: str,
+    info: TensorInfo,
+    vectors: Sequence[TaskVector],
+    weights: Sequence[float],
+    span: tuple[int, int] | None = None,
 ) -> Iterator[tuple[int, int, Tensor]]:
     """The merged delta of one parameter as (start, stop, fp32 values), in order and without gaps.
 
     Yields nothing where no expert has a delta, or the parameter has no elements. Every engine merges through this
-    function, on the same pieces, which is why their results are equal bit by bit.
+    function, and results do not depend on the pieces, which is why engines agree bit by bit.
+
+    Args:
+        method: The merge method.
+        name: The parameter.
+        info: Its shape.
+        vectors: The experts' task vectors.
+        weights: One factor an expert.
+        span: Only these elements of the result, ``start`` to ``stop``; all of them by default. The method still reads
+            the whole deltas where it needs a statistic of them.
     """
     if not info.numel or not any(name in vector for vector in vectors):
         return
     if isinstance(method, MatrixMethod):
         if method.handles(name, info):
-            yield from _merged_matrix(method, name, info, vectors, weights)
+            yield from _merged_matrix(method, name, info, vectors, weights, span)
             return
         method = make_method(method.for_vectors())
     if not isinstance(method, ElementwiseMethod):
@@ -37,17 +51,22 @@ def merged_chunks(
         for slot, vector in enumerate(vectors)
     ]
     joint = method.prepare_jointly(lambda a, b: _read(vectors, name, a, b), info, weights, prepared)
-    for start, stop in chunk_ranges(info):
+    for start, stop in chunk_ranges(info, span=span):
         deltas = _read(vectors, name, start, stop)
         yield start, stop, method.combine(deltas, weights, prepared, Place(name, start, stop, joint))
 
 
 def _merged_matrix(
-    method: MatrixMethod, name: str, info: TensorInfo, vectors: Sequence[TaskVector], weights: Sequence[float]
+    method: MatrixMethod,
+    name: str,
+    info: TensorInfo,
+    vectors: Sequence[TaskVector],
+    weights: Sequence[float],
+    span: tuple[int, int] | None,
 ) -> Iterator[tuple[int, int, Tensor]]:
     deltas = [vector.get(name) for vector in vectors]
     flat = method.combine_matrices(deltas, weights, Place(name, 0, info.numel)).reshape(-1)
-    for start, stop in chunk_ranges(info):
+    for start, stop in chunk_ranges(info, span=span):
         yield start, stop, flat[start:stop]
 
 
@@ -64,8 +83,21 @@ def merged_delta(
     method: MergeMethod, name: str, info: TensorInfo, vectors: Sequence[TaskVector], weights: Sequence[float]
 ) -> Tensor | None:
     """The whole merged delta of one parameter in its shape, fp32; None where no expert has one."""
-    pieces = [values for _, _, values in merged_chunks(method, name, info, vectors, weights)]
-    return torch.cat(pieces).reshape(info.shape) if pieces else None
+    flat = merged_span(method, name, info, vectors, weights)
+    return None if flat is None else flat.reshape(info.shape)
+
+
+def merged_span(
+    method: MergeMethod,
+    name: str,
+    info: TensorInfo,
+    vectors: Sequence[TaskVector],
+    weights: Sequence[float],
+    span: tuple[int, int] | None = None,
+) -> Tensor | None:
+    """The merged delta of one parameter or of a span of its elements, 1-D, fp32; None where no expert has one."""
+    pieces = [values for _, _, values in merged_chunks(method, name, info, vectors, weights, span)]
+    return torch.cat(pieces) if pieces else None
 
 
 def add_delta(base: Tensor, delta: Tensor, scale: float, dtype: torch.dtype) -> Tensor:

@@ -55,6 +55,8 @@ def accumulate(
     base: WeightSource,
     accumulators: Sequence[Accumulator],
     names: Iterable[str] | None = None,
+    *,
+    pieces: Iterable[tuple[str, int, int]] | None = None,
 ) -> None:
     """Feed accumulators with every piece of the given parameters, reading each value once.
 
@@ -63,16 +65,18 @@ def accumulate(
         base: The base.
         accumulators: What to update.
         names: Base parameter names; by default all that any of the vectors has.
+        pieces: Name, first element and end of each piece to read instead, such as one rank's share of the work.
     """
-    wanted = dict.fromkeys(name for vector in vectors for name in vector) if names is None else names
-    for name in wanted:
-        for start, stop in chunk_ranges(base.infos[name]):
-            original = base.read_flat(name, start, stop).float()
-            deltas = [
-                vector.flat(name, start, stop, original) if name in vector else torch.zeros_like(original)
-                for vector in vectors
-            ]
-            device = deltas[0].device if deltas else original.device
-            chunk = Chunk(name, original.to(device), [delta.to(device) for delta in deltas])
-            for accumulator in accumulators:
-                accumulator.update(chunk)
+    if pieces is None:
+        wanted = dict.fromkeys(name for vector in vectors for name in vector) if names is None else names
+        pieces = ((name, *ends) for name in wanted for ends in chunk_ranges(base.infos[name]))
+    for name, start, stop in pieces:
+        original = base.read_flat(name, start, stop).float()
+        deltas = [
+            vector.flat(name, start, stop, original) if name in vector else torch.zeros_like(original)
+            for vector in vectors
+        ]
+        device = deltas[0].device if deltas else original.device
+        chunk = Chunk(name, original.to(device), [delta.to(device) for delta in deltas])
+        for accumulator in accumulators:
+            accumulator.update(chunk)

@@ -25,6 +25,9 @@ TOP_SHARES = (0.01, 0.1)
 def measure(live: LiveExpert, peers: Sequence[OpenPeer], step: int, history: History) -> MetricsRecord:
     """Measure the live task vector against base and peers: one pass over the trained parameters.
 
+    Where there are several ranks, each reads its share of the pieces, and the sums are added up in one all-reduce:
+    every rank gets the same record.
+
     Args:
         live: The model in training.
         peers: The open peers.
@@ -40,7 +43,9 @@ def measure(live: LiveExpert, peers: Sequence[OpenPeer], step: int, history: His
     gram = GramAccumulator(1 + len(peers), first_row_only=True)
     signs = SignConflictAccumulator(1 + len(peers), first_row_only=True)
     accumulators: list[Accumulator] = [norms, top, *([gram, signs] if peers else [])]
-    accumulate([live.vector, *peers], live.base.source, accumulators, names)
+    with live.readable(), live.ranks.together():
+        accumulate([live.vector, *peers], live.base.source, accumulators, pieces=live.pieces())
+    live.ranks.add([accumulator.sums for accumulator in accumulators])
     require_finite("the model in training", norms.squared(0))
     norm = norms.norm(0)
     last = next((record for record in reversed(history.metrics) if record.step < step), None)

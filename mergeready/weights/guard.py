@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mergeready.weights.shards import local, reshard
+
 
 @contextmanager
 def untouched(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
@@ -18,8 +20,11 @@ def untouched(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[Mappi
     accelerators. Gradients and optimizers are not touched by evaluation and not handled here.
 
     Yields:
-        The kept values, on the CPU where the weights are on an accelerator; do not write to them.
+        The kept values, on the CPU where the weights are on an accelerator, and of sharded ones what this rank
+        holds; do not write to them.
     """
+    reshard(model)
+    weights = {name: local(tensor) for name, tensor in weights.items()}
     kept = {name: _copy(tensor) for name, tensor in weights.items()}
     # A module may put a new tensor in a buffer's place, so which tensor is whose is kept as well as the values.
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
@@ -30,6 +35,7 @@ def untouched(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[Mappi
         try:
             yield kept
         finally:
+            reshard(model)
             with torch.no_grad():
                 for name, tensor in weights.items():
                     tensor.copy_(kept[name])

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import Tensor, nn
 
-from mergeready.weights.source import TensorInfo, WeightSource
+from mergeready.weights.live import LiveSource
+from mergeready.weights.shards import reshard
 
 _INNER_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
-_OUTER_WRAPPERS = {"DistributedDataParallel", "DataParallel"}
+_OUTER_WRAPPERS = {"DistributedDataParallel", "DataParallel", "DeepSpeedEngine"}
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -32,10 +31,11 @@ def plain_name(name: str) -> str:
 
 def module_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of a module, looked at through its wrappers, under plain names, each tied group once."""
+    reshard(module)
     return {plain_name(name): parameter for name, parameter in unwrap(module).named_parameters()}
 
 
-class ModuleSource(WeightSource):
+class ModuleSource(LiveSource):
     """Parameters and buffers of a live module; each read sees the values of that moment.
 
     Lists what a checkpoint would hold, so not the module's non-persistent buffers. The tensors are looked up
@@ -46,34 +46,13 @@ class ModuleSource(WeightSource):
 
     def __init__(self, module: nn.Module, label: str | None = None) -> None:
         module = unwrap(module)
-        self.label = label or f"live {type(module).__name__}"
-        self._tensors: dict[str, Tensor] = dict(module_parameters(module))
+        reshard(module)  # what is gathered for the moment would be looked up else
+        tensors: dict[str, Tensor] = {
+            plain_name(name): parameter for name, parameter in module.named_parameters(remove_duplicate=False)
+        }
         passing = _non_persistent(module)
-        self._tensors |= {plain_name(n): buffer for n, buffer in module.named_buffers() if n not in passing}
-        self._infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
-        self._aliases = _tied_names(module)
-
-    @property
-    def infos(self) -> Mapping[str, TensorInfo]:
-        return self._infos
-
-    @property
-    def aliases(self) -> Mapping[str, str]:
-        return self._aliases
-
-    def read_flat(self, name: str, start: int, stop: int) -> Tensor:
-        return self._tensors[name].detach().reshape(-1)[start:stop]
-
-
-def _tied_names(module: nn.Module) -> dict[str, str]:
-    first: dict[int, str] = {}
-    aliases: dict[str, str] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        plain = plain_name(name)
-        canonical = first.setdefault(id(parameter), plain)
-        if canonical != plain:
-            aliases[plain] = canonical
-    return aliases
+        tensors |= {plain_name(n): buffer for n, buffer in module.named_buffers() if n not in passing}
+        super().__init__(tensors, label or f"live {type(module).__name__}")
 
 
 def _non_persistent(module: nn.Module) -> set[str]:

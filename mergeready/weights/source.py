@@ -84,13 +84,21 @@ def is_mergeable(name: str, info: TensorInfo) -> bool:
     return info.dtype.is_floating_point and not name.endswith(_STATISTIC_SUFFIXES)
 
 
-def chunk_ranges(info: TensorInfo, limit: int = CHUNK_ELEMENTS) -> Iterator[tuple[int, int]]:
+def chunk_ranges(
+    info: TensorInfo, limit: int = CHUNK_ELEMENTS, span: tuple[int, int] | None = None
+) -> Iterator[tuple[int, int]]:
     """Element ranges that cover a tensor, at most ``limit`` long, on row borders where rows fit.
+
+    Args:
+        info: The tensor.
+        limit: Longest range.
+        span: Only these elements, first and end, which should be on row borders.
 
     >>> list(chunk_ranges(TensorInfo((5, 3), torch.float32), limit=7))
     [(0, 6), (6, 12), (12, 15)]
     """
     width = info.numel // max(info.rows, 1)
     step = limit if width > limit or width == 0 else limit // width * width
-    for start in range(0, info.numel, step):
-        yield start, min(start + step, info.numel)
+    first, end = (0, info.numel) if span is None else span
+    for start in range(first, end, step):
+        yield start, min(start + step, end)

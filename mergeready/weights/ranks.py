@@ -1,0 +1,139 @@
+"""The processes of one run, and the little that they tell each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mergeready import errors
+from mergeready.errors import MergeReadyError
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(hours=2)
+"""How long a rank waits for the others. Longer than the time-out of a training's own group: a rank that is stuck in a
+collective of an evaluation is freed by that time-out, and reports here only then."""
+
+_world: tuple[Any, Any] | None = None
+
+
+class Ranks:
+    """All processes of a ``torch.distributed`` run, or one process alone.
+
+    They talk over a gloo group of their own: messages are small and on the CPU, accelerators need not wait for them,
+    and they cannot be mistaken for collectives of the training. Everything but ``rank`` and ``size`` is a
+    collective: every rank calls it, in the same order. Alone, all of it costs nothing.
+
+    Attributes:
+        rank: This process.
+        size: Number of processes.
+
+    Example:
+        >>> ranks = Ranks.alone()
+        >>> ranks.each("here"), ranks.on_first(lambda: 7)
+        (['here'], 7)
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        self._group = group
+        self.rank: int = 0 if group is None else dist.get_rank(group)
+        self.size: int = 1 if group is None else dist.get_world_size(group)
+
+    @classmethod
+    def alone(cls) -> Ranks:
+        """One process, whatever else runs."""
+        return cls()
+
+    @classmethod
+    def world(cls) -> Ranks:
+        """All processes of the run. A collective the first time."""
+        global _world
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return cls()
+        if _world is None or _world[0] is not dist.group.WORLD:
+            _world = (dist.group.WORLD, dist.new_group(backend="gloo", timeout=PATIENCE))
+        return cls(_world[1])
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank is the one that writes files."""
+        return self.rank == 0
+
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        """Replace float64 CPU tensors by their sums over all ranks, in one all-reduce."""
+        if self.size == 1:
+            return
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        dist.all_reduce(flat, group=self._group)
+        totals = torch.split(flat, [tensor.numel() for tensor in tensors])
+        for tensor, total in zip(tensors, totals, strict=True):
+            tensor.copy_(total.reshape(tensor.shape))
+
+    def each(self, value: T) -> list[T]:
+        """Every rank's value, in order of ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def same(self, value: T) -> T:
+        """The first rank's value, on every rank."""
+        if self.size == 1:
+            return value
+        values: list[Any] = [value]
+        dist.broadcast_object_list(values, src=0, group=self._group)
+        result: T = values[0]
+        return result
+
+    def on_first(self, action: Callable[[], T]) -> T:
+        """What ``action`` returns on the first rank, on every rank.
+
+        Raises:
+            MergeReadyError: If it raised there; on the first rank the error itself.
+        """
+        value: Any = None
+        with self.together():
+            if self.is_first:
+                value = action()
+        return self.same(value)  # type: ignore[no-any-return]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A section that succeeds on every rank or raises on every rank.
+
+        A rank whose section went well waits for the others. The section should hold no collectives, or a rank that
+        fails before one leaves the others in it until their group's time-out.
+
+        Raises:
+            MergeReadyError: Of the same kind, where it was raised on another rank; the message names that rank.
+        """
+        if self.size == 1:
+            yield
+            return
+        try:
+            yield
+        except Exception as error:
+            self.each(_described(error))
+            raise
+        failures = self.each(None)
+        for rank, failure in enumerate(failures):
+            if failure is not None:
+                raise _rebuilt(rank, *failure)
+
+
+def _described(error: Exception) -> Any:
+    return type(error).__name__, str(error)
+
+
+def _rebuilt(rank: int, kind: str, message: str) -> MergeReadyError:
+    known = getattr(errors, kind, None)
+    if isinstance(known, type) and issubclass(known, MergeReadyError):
+        return known(f"on rank {rank}: {message}")
+    return MergeReadyError(f"rank {rank} raised {kind}: {message}")

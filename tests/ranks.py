@@ -1,0 +1,66 @@
+"""Several ranks on this machine, over gloo: what distributed tests run their functions in."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from queue import Empty
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# Children are forked from a server that has imported what takes long, and has never computed a gradient: a process that
+# has cannot be forked.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["torch", "torch.distributed.fsdp", "mergeready.training.monitor"])
+
+
+def run_ranks(function: Callable[..., Any], size: int, *args: Any, group_timeout: float = 60) -> list[Any]:
+    """Call a function of a module on every rank; its results, in order. Whatever a rank raises fails the test."""
+    results: Any = _CONTEXT.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            _CONTEXT.Process(
+                target=_rank, args=(function, rank, size, f"{folder}/store", group_timeout, args, results)
+            )
+            for rank in range(size)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            found = dict(results.get(timeout=120) for _ in processes)
+        except Empty:
+            raise AssertionError("a rank hangs") from None
+        finally:
+            for process in processes:
+                process.join(timeout=5)
+                process.kill()
+    outcomes = [pickle.loads(found[rank]) for rank in range(size)]
+    failures = [f"rank {rank}: {text}" for rank, (good, text) in enumerate(outcomes) if not good]
+    assert not failures, "\n".join(failures)
+    return [result for _, result in outcomes]
+
+
+def _rank(
+    function: Callable[..., Any], rank: int, size: int, store: str, timeout: float, args: Any, results: Any
+) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
+    try:
+        dist.init_process_group(
+            "gloo", f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
+        )
+        outcome = True, function(*args)
+    except Exception:  # noqa: BLE001 - told to the test
+        outcome = False, traceback.format_exc()
+    # As bytes, since tensors would travel through shared memory, which ends with this process.
+    results.put((rank, pickle.dumps(outcome)))
+    results.close()
+    results.join_thread()
+    os._exit(0)  # other ranks may be gone already, and leaving a group in order would wait for them

@@ -1,0 +1,75 @@
+"""The small model of ``tests/training/small.py``, spread over ranks in every way that is supported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.training.small import Net
+
+ON_TWO = ("ddp", "fsdp2", "columns", "tensor_parallel")
+ON_FOUR = (*ON_TWO, "hsdp", "fsdp2_and_tensor_parallel", "subset")
+
+
+def spread(model: nn.Module, layout: str) -> nn.Module:
+    """The model under a layout, ready to train; it keeps its values."""
+    size = dist.get_world_size()
+    if layout == "ddp":
+        return DistributedDataParallel(model)
+    net: Any = model
+    if layout == "tensor_parallel":
+        return _tensor_parallel(net, init_device_mesh("cpu", (size,)))
+    options: dict[str, Any] = {"mesh": init_device_mesh("cpu", (size,))}
+    if layout == "columns":
+        options["shard_placement_fn"] = lambda p: Shard(1) if p.ndim == 2 and p.shape[1] % size == 0 else None
+    if layout == "hsdp":
+        options["mesh"] = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("copies", "shards"))
+    if layout == "fsdp2_and_tensor_parallel":
+        mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("data", "tensor"))
+        options["mesh"] = mesh["data"]
+        _tensor_parallel(net, mesh["tensor"])
+    if layout == "subset":  # some parameters stay whole on every rank
+        options["ignored_params"] = {net.norm.weight, net.head.weight}
+    for layer in net.layers:
+        fully_shard(layer, **{k: v for k, v in options.items() if k != "ignored_params"})
+    return fully_shard(net, **options)
+
+
+def _tensor_parallel(net: Any, mesh: Any) -> Any:
+    whole = {"use_local_output": True}
+    plan = {
+        "layers.0": ColwiseParallel(output_layouts=Replicate(), **whole),
+        "layers.1": RowwiseParallel(input_layouts=Replicate(), **whole),
+    }
+    return parallelize_module(net, mesh, plan)
+
+
+def full_state(model: nn.Module) -> dict[str, Tensor]:
+    """The whole values of a spread model's parameters; a collective."""
+    return {
+        name.removeprefix("module."): (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in model.named_parameters()
+    }
+
+
+def local_bits(model: nn.Module) -> dict[str, bytes]:
+    """What this rank holds, bit for bit."""
+    found = {}
+    for name, p in model.named_parameters():
+        value = p.to_local() if isinstance(p, DTensor) else p
+        found[name] = value.detach().contiguous().view(torch.uint8).numpy().tobytes()
+    return found
+
+
+def net_like(state: dict[str, Tensor]) -> Net:
+    net = Net()
+    net.load_state_dict(state)
+    return net

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from mergeready.errors import EvaluationError, MergeReadyError
+from mergeready.weights.ranks import Ranks
+from tests.ranks import run_ranks
+
+
+class Strange(Exception):
+    pass
+
+
+def conversation() -> dict[str, Any]:
+    ranks = Ranks.world()
+    mine = ranks.rank + 1
+    first, second = torch.full((2, 2), float(mine), dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    ranks.add([first, second])
+    caught = {}
+    for name, raised in {"own": EvaluationError("no data"), "foreign": Strange("odd")}.items():
+        try:
+            with ranks.together():
+                if ranks.rank == 1:
+                    raise raised
+        except Exception as error:  # noqa: BLE001 - whatever was raised is what is looked at
+            caught[name] = (type(error).__name__, str(error))
+    with ranks.together():
+        pass
+    return {
+        "sums": (first.tolist(), second.tolist()),
+        "each": ranks.each(mine),
+        "same": ranks.same({"mine": mine}),
+        "on_first": ranks.on_first(lambda: ranks.rank),
+        "caught": caught,
+        "one_group": Ranks.world()._group is ranks._group,
+    }
+
+
+def test_what_ranks_tell_each_other() -> None:
+    for rank, found in enumerate(run_ranks(conversation, 2)):
+        assert found["sums"] == ([[3.0, 3.0], [3.0, 3.0]], [2.0, 2.0, 2.0])
+        assert found["each"] == [1, 2]
+        assert found["same"] == {"mine": 1}
+        assert found["on_first"] == 0
+        assert found["one_group"]
+        own, foreign = found["caught"]["own"], found["caught"]["foreign"]
+        if rank == 1:
+            assert (own, foreign) == (("EvaluationError", "no data"), ("Strange", "odd"))
+        else:
+            assert own == ("EvaluationError", "on rank 1: no data")
+            assert foreign == ("MergeReadyError", "rank 1 raised Strange: odd")
+
+
+def test_alone() -> None:
+    ranks = Ranks.world()  # no process group was made
+    assert (ranks.rank, ranks.size, ranks.is_first) == (0, 1, True)
+    sums = torch.ones(2, dtype=torch.float64)
+    ranks.add([sums])
+    assert sums.tolist() == [1.0, 1.0]
+    assert ranks.each("a") == ["a"]
+    assert ranks.same("b") == "b"
+    assert ranks.on_first(lambda: 3) == 3
+    with pytest.raises(MergeReadyError, match=r"^as it is$"), ranks.together():
+        raise MergeReadyError("as it is")
