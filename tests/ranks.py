@@ -18,7 +18,7 @@ import torch.distributed as dist
 # Children are forked from a server that has imported what takes long, and has never computed a gradient: a process that
 # has cannot be forked.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed.fsdp", "mergeready.training.monitor"])
+_CONTEXT.set_forkserver_preload(["torch", "torch.distributed.fsdp", "mergeready.training.monitor", "peft"])
 
 
 def run_ranks(function: Callable[..., Any], size: int, *args: Any, group_timeout: float = 60) -> list[Any]:

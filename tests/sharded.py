@@ -38,7 +38,8 @@ def spread(model: nn.Module, layout: str) -> nn.Module:
         _tensor_parallel(net, mesh["tensor"])
     if layout == "subset":  # some parameters stay whole on every rank
         options["ignored_params"] = {net.norm.weight, net.head.weight}
-    for layer in net.layers:
+    inner = net.get_base_model() if hasattr(net, "get_base_model") else net
+    for layer in inner.layers:
         fully_shard(layer, **{k: v for k, v in options.items() if k != "ignored_params"})
     return fully_shard(net, **options)
 
@@ -73,3 +74,21 @@ def net_like(state: dict[str, Tensor]) -> Net:
     net = Net()
     net.load_state_dict(state)
     return net
+
+
+def adapter(net: nn.Module, seed: int = 3) -> nn.Module:
+    """A LoRA adapter on a net, moved away from where it starts; DoRA on one of its layers would be another kind."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=["embed", "layers.0", "layers.1"], modules_to_save=["head"]
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = get_peft_model(net, config)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += 0.1 * torch.randn(p.shape, generator=generator)
+    return model

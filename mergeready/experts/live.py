@@ -7,8 +7,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from mergeready.errors import OptionError, UnsupportedError, listing
-from mergeready.experts.base import Base, require_wide_floats
-from mergeready.experts.identity import BaseIdentity
+from mergeready.experts.base import Base
 from mergeready.experts.kinship import require_frozen_equal, require_kinship
 from mergeready.experts.open import pair_with_base
 from mergeready.experts.peft_config import PeftConfig
@@ -74,16 +73,15 @@ class LiveExpert:
             raise OptionError("a model that is trained whole needs `base`: the weights it started from.")
         self.base = Base.open(base)
         source = ModuleSource(self.model)
-        # What is compared by samples is gathered one tensor at a time where it is sharded.
-        seen = source.whole()
-        names, self.extra, self.missing = pair_with_base(seen, self.base, strict=False)
-        require_kinship(seen, self.base.source, names)
         parameters = module_parameters(self.model)
-        self.targets: Mapping[str, Tensor] = {
-            b: parameters[own] for b, own in names.items() if own in parameters
-        }
-        frozen = {b: names[b] for b, target in self.targets.items() if not target.requires_grad}
-        require_frozen_equal(seen, self.base.source, frozen)
+        with source.gathering():
+            names, self.extra, self.missing = pair_with_base(source, self.base, strict=False)
+            require_kinship(source, self.base.source, names)
+            self.targets: Mapping[str, Tensor] = {
+                b: parameters[own] for b, own in names.items() if own in parameters
+            }
+            frozen = {b: names[b] for b, target in self.targets.items() if not target.requires_grad}
+            require_frozen_equal(source, self.base.source, frozen)
         trained = {b: names[b] for b in self.targets if b not in frozen}
         self.is_sharded = source.is_sharded
         self._own: LiveSource = source
@@ -103,18 +101,17 @@ class LiveExpert:
         name = model.active_adapters[0]
         inner = _base_parameters(model)
         own = LiveSource(inner, f"live {type(model).__name__}")
-        seen = own.whole()
-        if base is None:
-            _require_adapter_only(model, inner)
-            own.label = seen.label = "the frozen weights of the model"
-            require_wide_floats(own)
-            self.base = Base(own, BaseIdentity.of(seen))
-        else:
-            self.base = Base.open(base)
-        names, self.extra, self.missing = pair_with_base(seen, self.base, strict=False)
-        if base is not None:
-            frozen = {b: name for b, name in names.items() if not inner[name].requires_grad}
-            require_frozen_equal(seen, self.base.source, frozen)
+        with own.gathering():
+            if base is None:
+                _require_adapter_only(model, inner)
+                own.label = "the frozen weights of the model"
+                self.base = Base.open(own)
+            else:
+                self.base = Base.open(base)
+            names, self.extra, self.missing = pair_with_base(own, self.base, strict=False)
+            if base is not None:
+                frozen = {b: name for b, name in names.items() if not inner[name].requires_grad}
+                require_frozen_equal(own, self.base.source, frozen)
         self.targets = {base_name: inner[own] for base_name, own in names.items()}
         state = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
         self._adapter = LiveSource(state, "adapter")
@@ -123,6 +120,12 @@ class LiveExpert:
         self.vector, self.extra = vector, self.extra + vector.extra
         self.is_sharded = own.is_sharded or self._adapter.is_sharded
         self._own, self._own_names = own, names if base is None else {}
+
+    @contextmanager
+    def base_readable(self) -> Iterator[None]:
+        """Inside, the whole base can be read, for checks of other experts that all ranks make alike."""
+        with self._own.gathering() if self.base_is_live else nullcontext():
+            yield
 
     @contextmanager
     def readable(self) -> Iterator[None]:

@@ -79,7 +79,8 @@ class MergedInPlace:
         **parameters: Any,
     ) -> None:
         self.live = model if isinstance(model, LiveExpert) else LiveExpert(model, base)
-        others = [open_expert(expert, self.live.base, strict=False) for expert in experts]
+        with self.live.base_readable():
+            others = [open_expert(expert, self.live.base, strict=False) for expert in experts]
         opened = [expert.vector for expert in others]
         if others:
             own = [("this run", ModuleSource(self.live.model))] if include_model else []
@@ -142,8 +143,18 @@ class MergedInPlace:
             with self.live.ranks.together():
                 if failure is not None:
                     raise failure
-                raise_if_broken(broken, self.vectors)
+            self._raise_if_broken(broken)
         return deltas
+
+    def _raise_if_broken(self, broken: Sequence[str]) -> None:
+        """Raise the same on every rank, though the broken values may be another's."""
+        found = {name for names in self.live.ranks.each(list(broken)) for name in names}
+        broken = [name for name in self._names if name in found]
+        looked_at = broken[:3] if self.live.is_sharded else broken
+        with ExitStack() as stack:
+            for name in looked_at:
+                stack.enter_context(self.live.gathered(name))
+            raise_if_broken(broken, self.vectors, looked_at)
 
     def _merged(self, name: str) -> Tensor:
         setting, info = self._settings.at(name), self.live.base.source.infos[name]

@@ -152,15 +152,22 @@ def require_finite_chunk(values: Tensor, name: str, broken: list[str]) -> None:
         broken.append(name)
 
 
-def raise_if_broken(broken: Sequence[str], vectors: Sequence[TaskVector]) -> None:
+def raise_if_broken(
+    broken: Sequence[str], vectors: Sequence[TaskVector], looked_at: Sequence[str] | None = None
+) -> None:
     """Raise if merged values were not finite.
+
+    Args:
+        broken: The parameters where they were not.
+        vectors: The experts' task vectors.
+        looked_at: Those of the parameters in which to look for the expert to blame; by default all.
 
     Raises:
         NonFiniteError: Naming the parameters and, where one can be found, the expert to blame.
     """
     if not broken:
         return
-    culprits = [v.label for v in vectors if any(_is_broken(v, name) for name in broken)]
+    culprits = [v.label for v in vectors if any(_is_broken(v, name) for name in looked_at or broken)]
     whose = f" in {listing(culprits)}" if culprits else " after merging (a scale or weight is too large)"
     raise NonFiniteError(
         f"NaN or infinite values{whose}: {listing(broken)}. Nothing was written. "

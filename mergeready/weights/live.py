@@ -13,7 +13,7 @@ from mergeready.weights.source import TensorInfo, WeightSource
 class LiveSource(WeightSource):
     """Tensors that live in a model; each read sees the values of that moment.
 
-    Of a sharded tensor (DTensor) a rank can read what it holds; all of it inside ``gathered``, or through ``whole``.
+    Of a sharded tensor (DTensor) a rank can read what it holds; all of it inside ``gathered`` and ``gathering``.
 
     Args:
         tensors: Names to tensors. One that occurs under several names is tied, and listed under the first.
@@ -34,6 +34,8 @@ class LiveSource(WeightSource):
         self._infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
         self._held = {name: held(t) for name, t in self._tensors.items() if is_sharded(t)}
         self._gathered: dict[str, Tensor] = {}
+        self._gathering = False
+        self._last: tuple[str, Tensor] | None = None
 
     @property
     def infos(self) -> Mapping[str, TensorInfo]:
@@ -53,6 +55,8 @@ class LiveSource(WeightSource):
             return self._gathered[name].reshape(-1)[start:stop]
         if name not in self._held:
             return self._tensors[name].detach().reshape(-1)[start:stop]
+        if self._gathering:
+            return self._gather(name).reshape(-1)[start:stop]
         span = self._held[name].span
         if span is None or not span[0] <= start <= stop <= span[1]:
             raise UnsupportedError(
@@ -72,29 +76,19 @@ class LiveSource(WeightSource):
         finally:
             self._gathered = before
 
-    def whole(self) -> WeightSource:
-        """The same tensors, gathered one at a time as they are read.
+    @contextmanager
+    def gathering(self) -> Iterator[None]:
+        """Inside the block every tensor can be read; each is gathered as it is read, and kept until the next one.
 
         Where they are sharded, all ranks have to read the same tensors in the same order.
         """
-        return _Whole(self) if self.is_sharded else self
+        self._gathering, before = True, self._gathering
+        try:
+            yield
+        finally:
+            self._gathering, self._last = before, None
 
-
-class _Whole(WeightSource):
-    def __init__(self, source: LiveSource) -> None:
-        self.label, self._source = source.label, source
-        self._last: tuple[str, Tensor] | None = None
-
-    @property
-    def infos(self) -> Mapping[str, TensorInfo]:
-        return self._source.infos
-
-    @property
-    def aliases(self) -> Mapping[str, str]:
-        return self._source.aliases
-
-    def read_flat(self, name: str, start: int, stop: int) -> Tensor:
+    def _gather(self, name: str) -> Tensor:
         if self._last is None or self._last[0] != name:
-            with self._source.gathered([name]):
-                self._last = name, self._source.read(name)
-        return self._last[1].reshape(-1)[start:stop]
+            self._last = name, whole(self._tensors[name])
+        return self._last[1]

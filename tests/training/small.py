@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -121,3 +123,10 @@ class OneNumber(nn.Module):
 def near(target: float) -> Callable[[nn.Module], dict[str, float]]:
     """A metric that is greatest where a ``OneNumber`` is ``target``."""
     return lambda model: {"closeness": -abs(float(model.weight) - target)}
+
+
+def save(model: nn.Module, folder: Path) -> Path:
+    """The model's state as a folder of safetensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state_of(model), folder / "model.safetensors")
+    return folder

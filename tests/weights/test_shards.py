@@ -153,7 +153,8 @@ def reading() -> dict[str, Any]:
         found["message"] = str(error)
     with source.gathered(["head.weight"]):
         found["gathered"] = torch.equal(source.read("head.weight"), plain["head.weight"])
-    everything: dict[str, Tensor] = {name: source.whole().read(name) for name in source.infos}
+    with source.gathering():
+        everything: dict[str, Tensor] = {name: source.read(name) for name in source.infos}
     found["whole"] = all(torch.equal(value, plain[name]) for name, value in everything.items())
     try:
         source.read("head.weight")
