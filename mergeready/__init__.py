@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from mergeready.merging.tune import TunedScale, tune_scale
     from mergeready.metrics.compare import Comparison, compare
     from mergeready.metrics.inspection import Inspection, inspect
+    from mergeready.training.activations import input_grams
+    from mergeready.training.adamerging import AdaMerging, adamerging
+    from mergeready.training.curvature import fisher_information
     from mergeready.training.history import History, read_history
     from mergeready.training.loop import MergeReadyLoop
     from mergeready.training.monitor import Monitor
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from mergeready.training.policies import AllOf, AnyOf, Decision, ExpertPlateau, MergedPlateau, NormBudget
     from mergeready.training.probe import Probe
     from mergeready.training.recalibrate import Recalibration, recalibrate
+    from mergeready.training.regmean_pp import regmean_pp
     from mergeready.training.schedule import Schedule
     from mergeready.training.surrogates import Surrogates
 
@@ -43,6 +47,9 @@ _PLACES = {
     "mergeready.merging.tune": ["TunedScale", "tune_scale"],
     "mergeready.metrics.compare": ["Comparison", "compare"],
     "mergeready.metrics.inspection": ["Inspection", "inspect"],
+    "mergeready.training.activations": ["input_grams"],
+    "mergeready.training.adamerging": ["AdaMerging", "adamerging"],
+    "mergeready.training.curvature": ["fisher_information"],
     "mergeready.training.history": ["History", "read_history"],
     "mergeready.training.loop": ["MergeReadyLoop"],
     "mergeready.training.monitor": ["Monitor"],
@@ -58,12 +65,14 @@ _PLACES = {
     ],
     "mergeready.training.probe": ["Probe"],
     "mergeready.training.recalibrate": ["Recalibration", "recalibrate"],
+    "mergeready.training.regmean_pp": ["regmean_pp"],
     "mergeready.training.schedule": ["Schedule"],
     "mergeready.training.surrogates": ["Surrogates"],
 }
 _PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
 
 __all__ = [
+    "AdaMerging",
     "AllOf",
     "AnyOf",
     "Base",
@@ -89,7 +98,10 @@ __all__ = [
     "Surrogates",
     "TaskVector",
     "TunedScale",
+    "adamerging",
     "compare",
+    "fisher_information",
+    "input_grams",
     "inspect",
     "merge",
     "merge_adapters",
@@ -98,6 +110,7 @@ __all__ = [
     "open_expert",
     "read_history",
     "recalibrate",
+    "regmean_pp",
     "tune_scale",
 ]
 

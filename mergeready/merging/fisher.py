@@ -24,7 +24,7 @@ class Fisher(ElementwiseMethod):
 
     ``Σ wᵢ Fᵢ τᵢ / Σ wᵢ Fᵢ``, element by element, where ``Fᵢ`` is the diagonal of expert i's Fisher information on its
     own data (:func:`mergeready.training.curvature.fisher_information`). Matena and Raffel, "Merging Models with
-    Fisher-Weighted Averaging" (arXiv 2111.09832), equation 4, seen from the base, which the mean does not move.
+    Fisher-Weighted Averaging" (arXiv 2111.09832), section 3, seen from the base, which the mean does not move.
 
     Where all ``wᵢ Fᵢ`` are zero, as in rows of an embedding that no example used, the result is the mean weighted by
     ``wᵢ`` alone. ``wᵢ`` must not be negative. An expert that neither changes a parameter nor has a Fisher

@@ -29,7 +29,7 @@ class RegMean(MatrixMethod):
     ``W = argmin Σ wᵢ ‖Xᵢ W − Xᵢ Wᵢ‖²``, hence ``τ = (Σ wᵢ G̃ᵢ)⁻¹ Σ wᵢ G̃ᵢ τᵢ`` with ``Gᵢ = Xᵢᵀ Xᵢ / nᵢ``, the mean outer
     product of layer inputs (:func:`mergeready.training.activations.input_grams`), whose off-diagonal entries are
     shrunk: ``G̃ = α G + (1 − α) diag(G)``. Jin et al., "Dataless Knowledge Fusion by Merging Weights of Language
-    Models" (arXiv 2212.09849), equations 2 and 3. Solved in float64.
+    Models" (arXiv 2212.09849). Solved in float64.
 
     Where the inputs say nothing, as for a feature that is always zero, the result is the mean weighted by ``wᵢ``: the
     diagonal is raised towards it by ``in · 2⁻²³`` of itself, as much as the rounding of fp32 Gram matrices may take
@@ -76,6 +76,12 @@ class RegMean(MatrixMethod):
         others = [name for name in names if not self.handles(name, infos[name])]
         if others:
             make_method(self.for_vectors()).check(vectors, others, weights)
+
+    def scratch_bytes(self, info: TensorInfo, experts: int) -> int:
+        if len(info.shape) != 2:
+            return super().scratch_bytes(info, experts)
+        # Of square matrices a Gram as read and in float64, their sum and its factor; of deltas six in float64.
+        return 40 * max(info.shape) ** 2 + (48 + 4 * experts) * info.numel
 
     def _wanted(
         self, names: Sequence[str], infos: dict[str, TensorInfo]

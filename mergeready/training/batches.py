@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor, nn
 
@@ -15,6 +15,8 @@ Batches: TypeAlias = Iterable[Any]
 
 Forward: TypeAlias = Callable[[nn.Module, Any], Tensor]
 """Runs a model on a batch and returns its logits, (examples, …, classes)."""
+
+F = TypeVar("F", bound=Callable[..., object])
 
 LABELS = ("labels", "label", "label_ids")
 
@@ -65,11 +67,16 @@ def mask_of(batch: Any) -> Tensor | None:
 
 
 def size_of(batch: Any) -> int:
-    """Number of examples in a batch."""
-    if isinstance(batch, Tensor):
-        return len(batch)
-    values = batch.values() if isinstance(batch, Mapping) else batch
-    return len(next(value for value in values if isinstance(value, Tensor)))
+    """Number of examples in a batch.
+
+    Raises:
+        OptionError: If it holds no tensor.
+    """
+    values = batch.values() if isinstance(batch, Mapping) else [batch] if isinstance(batch, Tensor) else batch
+    sizes = [len(value) for value in values if isinstance(value, Tensor) and value.ndim]
+    if not sizes:
+        raise OptionError(f"a batch of type {type(batch).__name__} holds no tensor of examples.")
+    return sizes[0]
 
 
 def examples_of(batch: Any) -> Iterator[Any]:
@@ -96,6 +103,19 @@ def on_device_of(model: nn.Module, batches: Batches) -> Iterator[Any]:
         yield _map(batch, lambda tensor: tensor.to(device, non_blocking=True))
     if empty:
         raise OptionError("`batches` is empty: there is nothing to learn from.")
+
+
+def one_each(given: F | Sequence[F] | None, default: F, count: int) -> list[F]:
+    """A function for each set of data, from one for all, one each, or none.
+
+    Raises:
+        OptionError: If their number is wrong.
+    """
+    if given is None or callable(given):
+        return [default if given is None else given] * count
+    if len(given) != count:
+        raise OptionError(f"`forward` has {len(given)} functions for {count} sets of data.")
+    return list(given)
 
 
 def require_repeatable(batches: Batches) -> None:

@@ -57,6 +57,8 @@ def test_examples_are_batches_of_one() -> None:
     assert torch.equal(torch.cat([c["labels"] for c in cut]), Y)
     assert all(c["table"].shape == (5, 5) and c["one"] == 7 and c["name"] == "a" for c in cut)
     assert torch.equal(torch.cat(list(examples_of(X))), X)
+    with pytest.raises(OptionError, match="a batch of type dict holds no tensor"):
+        size_of({"name": "a"})
     assert [int(c[1]) for c in examples_of((X, Y))] == Y.tolist()
 
 
