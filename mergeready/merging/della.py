@@ -41,7 +41,7 @@ class _Rows:
 
 
 def _width(info: TensorInfo) -> int:
-    return info.numel // info.rows if len(info.shape) > 1 else info.numel
+    return info.numel // max(info.rows, 1) if len(info.shape) > 1 else info.numel
 
 
 def _by_rank(values: Tensor, width: int, table: Tensor) -> Tensor:
