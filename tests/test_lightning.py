@@ -134,7 +134,7 @@ def test_tensorboard_gets_scalars_and_images(world: Path, tmp_path: Path) -> Non
     events = EventAccumulator(str(tmp_path / "log")).Reload()
     logged = [(event.step, event.value) for event in events.Scalars(MERGED)]
     assert logged == [(step, pytest.approx(value)) for step, value in callback.history.merged("ties")]
-    for name in ("mergeready/curve/ties", "mergeready/growth"):
+    for name in ("mergeready/figures/curve/ties", "mergeready/figures/growth"):
         [image] = events.Images(name)
         assert image.step == 12
         assert image.width > image.height > 100

@@ -12,6 +12,7 @@ from mergeready.training.figures import draw_curve, draw_growth
 from mergeready.training.history import History
 from mergeready.training.scalars import PREFIX
 
+FIGURES = f"{PREFIX}figures/"
 DPI = 100
 
 
@@ -19,7 +20,7 @@ def run_images(history: History) -> dict[str, NDArray[uint8]]:
     """A composability curve per merge method and the growth by layer, as far as the history holds them.
 
     Returns:
-        RGB arrays, height × width × 3, by names that start with ``mergeready/``.
+        RGB arrays, height × width × 3, by names that start with ``mergeready/figures/``, which no scalar has.
     """
     from matplotlib.figure import Figure
 
@@ -32,12 +33,12 @@ def run_images(history: History) -> dict[str, NDArray[uint8]]:
         axes.set_xlabel("training step")
         axes.set_ylabel((history.start.metric if history.start else None) or "metric")
         axes.legend(frameon=False)
-        images[f"{PREFIX}curve/{method}"] = _pixels(figure)
+        images[f"{FIGURES}curve/{method}"] = _pixels(figure)
     layers = {layer for record in history.metrics for layer in record.layers}
     if layers:
         figure = Figure(figsize=(6.4, min(2.2 + 0.22 * len(layers), 12)), dpi=DPI, layout="constrained")
         draw_growth(figure.subplots(), history)
-        images[f"{PREFIX}growth"] = _pixels(figure)
+        images[f"{FIGURES}growth"] = _pixels(figure)
     return images
 
 

@@ -110,8 +110,7 @@ class MergeReadyLoop:
         Raises:
             MergeReadyError: If the model's values or an evaluation are not usable. The model is as it was.
         """
-        if not self.monitor.started:
-            raise OptionError("call `prepare(model)` before the first `step()`.")
+        self._require_prepared()
         self.steps += 1
         outcome = self.monitor.on_step(self.steps)
         if outcome.scalars:
@@ -124,14 +123,14 @@ class MergeReadyLoop:
         return run_images(self.history)
 
     def finish(self) -> dict[str, Any]:
-        """At the end: remove what is not picked, write ``summary.json`` and return its content."""
+        """At the end: log the images, remove what is not picked, write ``summary.json`` and return its content."""
+        self._require_prepared()
         self._log_images()
         return self.monitor.finish()
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs: numbers and text, no tensors. To be saved with each checkpoint."""
-        if not self.monitor.started:
-            raise OptionError("there is no state to save before `prepare(model)`.")
+        self._require_prepared()
         self.monitor.on_save(complete=False)
         state = self.monitor.state_dict()
         return {"step": self.steps, **state, "history": list(state["history"])}
@@ -147,6 +146,10 @@ class MergeReadyLoop:
                 "load the monitor's state before `prepare(model)`, which measures the loaded weights."
             )
         self._state = dict(state)
+
+    def _require_prepared(self) -> None:
+        if not self.monitor.started:
+            raise OptionError("call the monitor's `prepare(model)` first.")
 
     def _any_rank(self, stop: bool) -> bool:
         """Whether any process decided to stop. Here they all see the same history."""

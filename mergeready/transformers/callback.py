@@ -1,30 +1,23 @@
-"""The transformers shell: translates Trainer events for the monitor, and holds no logic of its own."""
-
 from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Unpack
 
-import numpy as np
-from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from mergeready.errors import OptionError
-from mergeready.experts.base import Base
-from mergeready.experts.open import ExpertLike
-from mergeready.merging.evaluation import Evaluate, Values
+from mergeready.merging.evaluation import Evaluate
 from mergeready.training.history import History
-from mergeready.training.monitor import DEFAULT_MEASURE, Monitor, Outcome
-from mergeready.training.peers import Peer
-from mergeready.training.picks import Picks
-from mergeready.training.policies import Policy
-from mergeready.training.probe import Probe
+from mergeready.training.images import run_images
+from mergeready.training.monitor import Monitor, Outcome
+from mergeready.training.options import MonitorOptions, with_defaults
 from mergeready.training.save import save_expert
 from mergeready.training.scalars import PREFIX
-from mergeready.training.schedule import Schedule
-from mergeready.weights.open import WeightsLike
+from mergeready.transformers.evaluation import evaluate_with
+from mergeready.transformers.images import log_images
 
 FOLDER_NAME = "mergeready"
 STATE_KEY = "mergeready"
@@ -51,32 +44,15 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         picks: Which checkpoints to keep; None for none.
 
     Example:
-        >>> callback = MergeReadyCallback(probe=Probe(merge="ties"))
+        >>> from mergeready import MergedPlateau, Probe
+        >>> callback = MergeReadyCallback(probe=Probe(merge="ties"), stop=MergedPlateau(patience=3))
         >>> callback.history.probes
         []
     """
 
-    def __init__(
-        self,
-        *,
-        base: WeightsLike | Base | None = None,
-        peers: Sequence[ExpertLike | Peer] = (),
-        probe: Probe | None = None,
-        stop: Policy | None = None,
-        on_stop: Literal["stop", "record"] = "stop",
-        measure: Schedule = DEFAULT_MEASURE,
-        picks: Picks | None = Picks(),  # noqa: B008 - frozen
-    ) -> None:
-        self._settings: dict[str, Any] = {
-            "base": base,
-            "peers": peers,
-            "probe": probe,
-            "stop": stop,
-            "on_stop": on_stop,
-            "measure": measure,
-            "picks": picks,
-        }
-        self.monitor = Monitor(**self._settings)
+    def __init__(self, **options: Unpack[MonitorOptions]) -> None:
+        self._options = with_defaults(options)
+        self.monitor = Monitor(**self._options)
         self._trainer: weakref.ref[Trainer] | None = None
 
     @property
@@ -94,7 +70,7 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         trainer = self._find_trainer()
         self._require_order(args, trainer)
-        self.monitor = Monitor(**self._settings)
+        self.monitor = Monitor(**self._options)
         entry = state.stateful_callbacks.setdefault(STATE_KEY, {"args": {}, "attributes": {}})
         if state.global_step and entry["attributes"]:
             self.monitor.load_state_dict(entry["attributes"])
@@ -120,6 +96,22 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         self._report(self.monitor.probe_now(state.global_step), control)
         # The Trainer reads the best metric from this very dictionary after the event.
         metrics |= {f"eval_{name}": value for name, value in self.monitor.last_scalars().items()}
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any
+    ) -> None:
+        # The Trainer's last word; at on_train_end, reporters have closed.
+        if (
+            self.monitor.started
+            and logs is not None
+            and "train_runtime" in logs
+            and state.is_world_process_zero
+        ):
+            log_images(
+                self._find_trainer().callback_handler.callbacks,
+                lambda: run_images(self.history),
+                state.global_step,
+            )
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.monitor.on_save()
@@ -155,43 +147,7 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
     def _evaluation(self, trainer: Trainer) -> Evaluate | None:
         if trainer.eval_dataset is None or isinstance(trainer.eval_dataset, dict):
             return None
-        return lambda model: _evaluate_with(trainer)
-
-
-def _evaluate_with(trainer: Trainer) -> Mapping[str, Values]:
-    """The Trainer's evaluation without its events and logging, and one metric of it if the choice is clear."""
-    # `evaluate` would fire on_evaluate again and log the merged model as if it were the expert.
-    output = trainer.evaluation_loop(
-        trainer.get_eval_dataloader(),
-        description="Probe",
-        prediction_loss_only=trainer.compute_metrics is None or None,
-        metric_key_prefix="eval",
-    )
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, ProgressCallback):  # it opened a bar that only on_evaluate would close
-            callback.on_evaluate(trainer.args, trainer.state, trainer.control)
-    if not output.num_samples:
-        return {"loss": []}
-    metrics = {name.removeprefix("eval_"): value for name, value in (output.metrics or {}).items()}
-    metrics.pop("model_preparation_time", None)
-    wanted = (trainer.args.metric_for_best_model or "").removeprefix("eval_")
-    others = [name for name in metrics if name != "loss"]
-    if wanted in metrics:
-        metrics = {wanted: metrics[wanted]}
-    elif len(others) <= 1:
-        metrics = {name: metrics[name] for name in others or ["loss"]}
-    return {name: _by_example(value, output) for name, value in metrics.items()}
-
-
-def _by_example(value: float, output: Any) -> Values:
-    """The accuracy of each example, where that is what the metric turns out to be; else the metric as it is."""
-    predictions, labels = output.predictions, output.label_ids
-    if not (isinstance(predictions, np.ndarray) and isinstance(labels, np.ndarray)):
-        return value
-    if predictions.ndim != 2 or labels.shape != predictions.shape[:1]:
-        return value
-    right = (predictions.argmax(1) == labels).astype(np.float64)
-    return right if abs(float(right.mean()) - value) < 1e-9 else value
+        return lambda model: evaluate_with(trainer)
 
 
 def _drives_best_model(args: Any) -> bool:
