@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,22 +11,44 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.markup import escape
 
-from mergeready.cli.app import BaseArgument, ExpertsArgument, StrictOption, app, console
+from mergeready.cli.app import StrictOption, app, console
 from mergeready.cli.options import parse_bytes, parse_dtype, parse_numbers, parse_parameter
+from mergeready.errors import OptionError, listing
 
 if TYPE_CHECKING:
     from mergeready.merging.plan import MergePlan
+    from mergeready.merging.recipe import MergeRecipe
 
 
 @app.command()
 def merge(
-    base: BaseArgument,
-    experts: ExpertsArgument,
+    base: Annotated[
+        str | None, typer.Argument(help="Folder or hub id of the base.", show_default=False)
+    ] = None,
+    experts: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Folders or hub ids of experts: full models or LoRA adapters.", show_default=False
+        ),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder to write.", show_default=False)
     ] = None,
-    method: Annotated[str, typer.Option("-m", "--method", help="Merge method.")] = "task_arithmetic",
-    scale: Annotated[float, typer.Option(help="Factor on the merged delta.")] = 1.0,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            help="A recipe that a merge wrote, or a configuration of mergekit; instead of the options below up to "
+            "`--arithmetic`. Base and experts given here replace its own.",
+            show_default=False,
+        ),
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option("-m", "--method", help="Merge method.", show_default="task_arithmetic")
+    ] = None,
+    scale: Annotated[
+        float | None, typer.Option(help="Factor on the merged delta.", show_default="1.0")
+    ] = None,
     weights: Annotated[str | None, typer.Option(help="One factor an expert, such as 1,0.5.")] = None,
     density: Annotated[
         float | None, typer.Option(help="Share of entries kept, for methods that drop some.")
@@ -34,7 +57,9 @@ def merge(
         list[str] | None, typer.Option("-p", "--param", help="Another parameter: name=value.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="Output dtype: float32, bfloat16 or float16.")] = None,
-    arithmetic: Annotated[str, typer.Option(help="Dtype of sums: float32 or float64.")] = "float32",
+    arithmetic: Annotated[
+        str | None, typer.Option(help="Dtype of sums: float32 or float64.", show_default="float32")
+    ] = None,
     memory: Annotated[
         str | None, typer.Option(help="Most memory for tensors, such as 500MB.", show_default=False)
     ] = None,
@@ -44,36 +69,66 @@ def merge(
     plan: Annotated[bool, typer.Option("--plan", help="Only say what would be done.")] = False,
     strict: StrictOption = True,
     overwrite: Annotated[bool, typer.Option(help="Replace the output folder if it exists.")] = False,
+    mergekit: Annotated[
+        Path | None,
+        typer.Option(help="Also write the merge as a configuration of mergekit.", show_default=False),
+    ] = None,
 ) -> None:
     """Merge experts of one base into a model folder.
 
     After an interruption the same command goes on where it stopped. Started by torchrun, ranks share the work.
     """
-    from mergeready.merging import make_method, merge_folders, merge_plan
+    from mergeready.merging import merge_folders, merge_plan
+    from mergeready.merging.mergekit_yaml import to_mergekit
 
     parameters = dict(parse_parameter(text) for text in param or [])
-    if density is not None:
-        parameters["density"] = density
-    options: dict[str, Any] = {
-        "method": make_method(method, **parameters),
+    parameters |= {} if density is None else {"density": density}
+    given = {
+        "method": method,
+        "parameters": parameters or None,
         "scale": scale,
         "weights": parse_numbers(weights),
-        "dtype": parse_dtype(dtype),
+        "dtype": dtype if parse_dtype(dtype) else None,
         "arithmetic": arithmetic,
-        "memory": parse_bytes(memory),
-        "threads": threads,
-        "strict": strict,
     }
+    recipe = _recipe(base, experts, config, {name: v for name, v in given.items() if v is not None})
+    if mergekit is not None:
+        mergekit.write_text(to_mergekit(recipe), encoding="utf-8")
+    options = recipe.options() | {"memory": parse_bytes(memory), "threads": threads, "strict": strict}
     out = console()
     if plan:
-        _print_plan(out, merge_plan(base, experts, **options))
+        _print_plan(out, merge_plan(recipe.base, recipe.experts, **options))
         return
     if output is None:
         raise typer.BadParameter("name the folder to write.", param_hint="'--output'")
     with _progress_bar(out) as progress:
-        folder = merge_folders(base, experts, output, overwrite=overwrite, progress=progress, **options)
-    out.print(f"Merged {len(experts)} experts with {method} into {escape(str(folder))}/")
+        folder = merge_folders(
+            recipe.base, recipe.experts, output, overwrite=overwrite, progress=progress, **options
+        )
+    out.print(f"Merged {len(recipe.experts)} experts with {recipe.method} into {escape(str(folder))}/")
     _print_rounding(out, folder)
+
+
+def _recipe(
+    base: str | None, experts: list[str] | None, config: Path | None, given: dict[str, Any]
+) -> MergeRecipe:
+    """What to merge, by a file or by options."""
+    from mergeready.merging.recipe import MergeRecipe, read_recipe
+
+    if config is None:
+        if base is None or not experts:
+            raise typer.BadParameter("name the base and at least one expert, or a `--config`.")
+        return MergeRecipe(base, tuple(experts), **{"method": "task_arithmetic"} | given)
+    if given:
+        raise OptionError(
+            f"{listing(f'`{name}`' for name in given)} belong into {config}, or leave that out."
+        )
+    recipe = read_recipe(config)
+    if base is not None and len(experts or ()) != len(recipe.experts):
+        raise OptionError(
+            f"{config} merges {len(recipe.experts)} experts, and {len(experts or ())} are given: name all or none."
+        )
+    return recipe if base is None else replace(recipe, base=base, experts=tuple(experts or ()))
 
 
 def _print_plan(out: Console, plan: MergePlan) -> None:

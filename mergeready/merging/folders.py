@@ -19,6 +19,7 @@ from mergeready.merging.inputs import job_key
 from mergeready.merging.journal import Finished, Journal
 from mergeready.merging.parameter import add_delta, merged_chunks, raise_if_broken
 from mergeready.merging.plan import MergeJob
+from mergeready.merging.provenance import public, write_card, write_recipe
 from mergeready.merging.ranks import Ranks, open_ranks
 from mergeready.merging.registry import MethodLike
 from mergeready.merging.rounding import RoundingLoss, rounding_sums
@@ -290,10 +291,12 @@ def _write_rest(job: MergeJob, folder: Path, entries: Sequence[Finished]) -> Non
     if job.base.folder is not None:
         copy_companions(job.base.folder, folder)
     job.layout.write_index(folder)
-    facts = job.settings.describe() | {"experts": len(job.experts)}
+    facts = public(job.settings.describe()) | {"experts": len(job.experts)}
     dtypes = [job.layout.infos[entry.name].dtype for entry in entries if entry.change]
-    rounding = RoundingLoss.of(entries, dtypes).describe()
-    write_record(folder, job.base.identity, merge=facts, rounding=rounding)
+    rounding = RoundingLoss.of(entries, dtypes)
+    write_record(folder, job.base.identity, merge=facts, rounding=rounding.describe())
+    write_recipe(folder, job)
+    write_card(folder, job, rounding)
     if job.dtype is not None:
         _set_config_dtype(folder / "config.json", job.dtype)
 

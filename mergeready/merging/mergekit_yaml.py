@@ -171,9 +171,7 @@ class _Reader:
     def _resolve(self, matched: frozenset[str]) -> dict[str, Any]:
         """Everything that holds for tensors in whose names exactly these filters occur."""
         known = self._known
-        weights = [self._number("weight", matched, own) for own in self._own]
-        if not known.weighted:
-            weights = [1.0] * len(self._own)
+        weights = [self._number("weight", matched, own) if known.weighted else 1.0 for own in self._own]
         result: dict[str, Any] = {"method": known.ours, "weights": weights, "scale": 1.0}
         if self._name in _WITH_LAMBDA:
             result["scale"] = self._number("lambda", matched, {}, 1.0)
@@ -290,19 +288,22 @@ def to_mergekit(recipe: MergeRecipe) -> str:
     Raises:
         OptionError: If mergekit cannot do it, naming what it lacks.
     """
-    names = {known.ours: name for name, known in _METHODS.items()} | {"average": "task_arithmetic"}
+    names = {known.ours: name for name, known in _METHODS.items()}
     if recipe.method not in names:
         raise OptionError(f"mergekit has no method that is our {recipe.method}.")
-    name = names[recipe.method]
+    scaled = recipe.scale != 1 or _any(recipe.overrides, "scale")
+    name = "task_arithmetic" if recipe.method == "average" and scaled else names[recipe.method]
     known = _METHODS[name]
     weights = recipe.weights or (1.0,) * len(recipe.experts)
     groups = {_literal(key): _plain_override(key, given, known) for key, given in recipe.overrides.items()}
-    if recipe.scale != 1 and name not in _WITH_LAMBDA:
+    if scaled and name not in _WITH_LAMBDA:
         raise OptionError(f"mergekit's {name} has no scale; use scale 1.")
+    if recipe.base in recipe.experts and name != "linear":
+        raise OptionError(f"mergekit's {name} leaves the base out, which is one of the experts here.")
     shared: dict[str, Any] = {
         key: wanted for key, (default, wanted) in known.fixed.items() if default != wanted
     }
-    if recipe.method == "average":
+    if recipe.method == "average" and scaled:
         shared["normalize"] = True
     for key, default in known.own.items():
         shared[key] = _filtered(
@@ -316,6 +317,8 @@ def to_mergekit(recipe: MergeRecipe) -> str:
         own = {text: {"weight": given["weights"][i]} for text, given in groups.items() if "weights" in given}
         weight = {"parameters": {"weight": _filtered(weights[i], "weight", own)}} if known.weighted else {}
         models.append({"model": expert, **weight})
+    if name == "linear" and recipe.base not in recipe.experts:  # there the base is a model like any other
+        models.append({"model": recipe.base, "parameters": {"weight": 0.0}})
     content: dict[str, Any] = {"merge_method": name, "base_model": recipe.base, "models": models}
     content |= {"parameters": shared} if shared else {}
     content["dtype"] = "float64" if recipe.arithmetic == "float64" else "float32"

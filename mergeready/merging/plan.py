@@ -29,7 +29,7 @@ from mergeready.weights.layout import DEFAULT_SHARD_BYTES, FolderLayout
 from mergeready.weights.open import WeightsLike
 from mergeready.weights.source import TensorInfo, is_mergeable
 
-_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".npz"}
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".npz"}
 
 
 @dataclass(frozen=True)
@@ -260,7 +260,7 @@ def _planned_expert(expert: Expert, passes: int) -> PlannedInput:
 
 def _stored_bytes(expert: Expert) -> int:
     if expert.folder is not None:
-        files = (file for file in expert.folder.iterdir() if file.suffix in _WEIGHT_SUFFIXES)
+        files = (file for file in expert.folder.iterdir() if file.suffix in WEIGHT_SUFFIXES)
         return sum(file.stat().st_size for file in files)
     source = expert.statistics
     return sum(info.nbytes for info in (expert.vector if source is None else source).infos.values())

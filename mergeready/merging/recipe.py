@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from mergeready.errors import FormatError, OptionError
+from mergeready.merging.registry import make_method
 
 RECIPE_NAME = "mergeready_merge.yaml"
 _DTYPES = {
@@ -43,7 +44,7 @@ class MergeRecipe:
     method: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
     scale: float = 1.0
-    weights: tuple[float, ...] | None = None
+    weights: Sequence[float] | None = None
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     dtype: str | None = None
     arithmetic: str = "float32"
@@ -54,16 +55,19 @@ class MergeRecipe:
             raise OptionError(f"`dtype` must be one of {', '.join(_DTYPES)}, not {self.dtype!r}.")
 
     def options(self) -> dict[str, Any]:
-        """Arguments for ``merge_folders`` and ``merge_plan``, beside base and experts."""
+        """Arguments for ``merge_folders`` and ``merge_plan``, beside base and experts.
+
+        Raises:
+            OptionError: If the method or a parameter of it is unknown, or a value is out of range.
+        """
         return {
-            "method": self.method,
+            "method": make_method(self.method, **self.parameters),
             "scale": self.scale,
             "weights": self.weights,
             "overrides": self.overrides,
             "dtype": None if self.dtype is None else _DTYPES[self.dtype],
             "arithmetic": self.arithmetic,
             "statistics": self.statistics,
-            **self.parameters,
         }
 
 

@@ -92,3 +92,36 @@ def test_ranks_of_torchrun(here: Path, tmp_path: Path) -> None:  # noqa: F811 - 
     succeed(*arguments, "-o", tmp_path / "one")
     for path in (tmp_path / "one").iterdir():
         assert (tmp_path / "two" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_configuration(here: Path, tmp_path: Path, main: Main) -> None:  # noqa: F811 - fixtures
+    arguments = [
+        "base",
+        "law",
+        "adapter",
+        "-m",
+        "ties",
+        "--density",
+        "0.5",
+        "--scale",
+        "0.7",
+        "--weights",
+        "1,2",
+    ]
+    succeed("merge", *arguments, "-o", tmp_path / "a", "--mergekit", tmp_path / "mergekit.yaml")
+    for i, config in enumerate((tmp_path / "a" / "mergeready_merge.yaml", tmp_path / "mergekit.yaml")):
+        text = succeed("merge", "--config", config, "-o", tmp_path / str(i))
+        assert "Merged 2 experts with ties" in text
+        for name, value in read(tmp_path / "a").items():
+            assert torch.equal(read(tmp_path / str(i))[name], value)
+    config = tmp_path / "mergekit.yaml"
+    succeed("merge", "encoder", "law", "adapter", "--config", config, "--no-strict", "-o", tmp_path / "other")
+    assert "pooler.dense.weight" in read(tmp_path / "other")
+    for wrong, message in (
+        (["--scale", "2"], "`scale` belong into"),
+        (["-m", "ties", "-p", "density=1"], "`method`, `parameters` belong into"),
+        (["base", "law"], "merges 2 experts, and 1 are given"),
+    ):
+        code, _, error = main("merge", *wrong, "--config", config, "-o", tmp_path / "wrong")
+        assert (code, message in error) == (1, True), error
+    assert not (tmp_path / "wrong").exists()

@@ -120,7 +120,7 @@ def test_the_base_may_be_in_memory(world: World, tmp_path: Path) -> None:
     for i, base in enumerate((world.base, world.base.state_dict())):
         out = merge_folders(base, world.folders, tmp_path / str(i))
         assert equal(tensors_of(out), expected)
-        assert names(out) == ["mergeready.json", "model.safetensors"]
+        assert names(out) == ["README.md", "mergeready.json", "mergeready_merge.yaml", "model.safetensors"]
 
 
 def test_the_folder_says_what_it_is(world: World, tmp_path: Path) -> None:

@@ -121,7 +121,9 @@ def theirs(setting: Any, tensor: str) -> float:
 
 
 @given(weights=st.tuples(SETTING, SETTING), density=SETTING, scale=SETTING)
-def test_conditions_hold_for_the_tensors_they_name(weights: tuple[Any, Any], density: Any, scale: Any) -> None:
+def test_conditions_hold_for_the_tensors_they_name(
+    weights: tuple[Any, Any], density: Any, scale: Any
+) -> None:
     recipe = read(
         merge_method="ties",
         models=[{"model": f"org/{i}", "parameters": {"weight": w}} for i, w in enumerate(weights)],
@@ -158,11 +160,17 @@ def test_conditions_hold_for_the_tensors_they_name(weights: tuple[Any, Any], den
         ({"parameters": {}}, "`normalize: false` (our dare_ties has true)"),
         ({"parameters": {"normalize": True, "rescale": False}}, "`rescale: false` (our dare_ties has true)"),
         ({"parameters": {"normalize": True, "t": 0.5}}, "`t`"),
-        ({"parameters": {"normalize": True, "lambda": [0.1, 0.9]}}, "a list of values over layers for `lambda`"),
+        (
+            {"parameters": {"normalize": True, "lambda": [0.1, 0.9]}},
+            "a list of values over layers for `lambda`",
+        ),
         ({"models": [{"model": "org/a"}]}, "no `weight` (it is required)"),
         ({"models": [{"model": "org/a", "parameters": {"weight": "much"}}]}, "`weight: much`"),
         ({"models": [{"model": "org/a@v2", "parameters": {"weight": 1}}]}, "the revision in `org/a@v2`"),
-        ({"models": [{"model": "org/a+org/b", "parameters": {"weight": 1}}]}, "`org/a+org/b` (its model is not"),
+        (
+            {"models": [{"model": "org/a+org/b", "parameters": {"weight": 1}}]},
+            "`org/a+org/b` (its model is not",
+        ),
         ({"models": [{"model": "org/a", "layer": 1, "parameters": {"weight": 1}}]}, "`layer` of org/a"),
         (
             {"models": [{"model": f"o/{d}", "parameters": {"weight": 1, "density": d}} for d in (0.1, 0.2)]},

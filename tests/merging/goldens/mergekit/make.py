@@ -1,4 +1,4 @@
-"""Inputs and what mergekit makes of them; run in an environment with mergekit, in an empty folder: make.py merges.yaml."""
+"""Inputs and what mergekit makes of them. Run with mergekit, in an empty folder: make.py merges.yaml."""
 
 import sys
 from pathlib import Path
