@@ -20,7 +20,8 @@ from mergeready.experts.mlx import WEIGHTS_NAME as MLX_WEIGHTS_NAME
 from mergeready.experts.mlx import MlxConfig, MlxTaskVector
 from mergeready.experts.peft_config import CONFIG_NAME, PeftConfig
 from mergeready.experts.peft_lora import WEIGHTS_NAME as PEFT_WEIGHTS_NAME
-from mergeready.experts.peft_lora import PeftTaskVector
+from mergeready.experts.peft_lora import PeftTaskVector, plain_name
+from mergeready.experts.tokens import TokenRows, token_rows
 from mergeready.weights.open import open_tensor_file
 from mergeready.weights.safetensors_file import SafetensorsFile
 from mergeready.weights.source import WeightSource
@@ -92,26 +93,27 @@ def open_adapter_weights(folder: Path, kind: AdapterFormat, label: str, allow_pi
 
 def open_adapter(
     folder: Path, base: Base, label: str, *, allow_pickle: bool = False
-) -> tuple[AdapterFormat, AdapterTaskVector]:
-    """Open the adapter in a folder: its format and its task vector.
+) -> tuple[AdapterFormat, AdapterTaskVector, TokenRows]:
+    """Open the adapter in a folder: its format, its task vector and what is known of its tokens.
 
     Raises:
         MergeReadyError: As ``open_expert`` does for adapters.
     """
     config = read_adapter_config(folder)
     base.require_name(config.base_name, label)
+    kind: AdapterFormat = (
+        "peft" if isinstance(config, PeftConfig) else "mlx" if isinstance(config, MlxConfig) else "adapterhub"
+    )
+    tokens = token_rows(open_adapter_weights(folder, kind, label, allow_pickle), base, folder, plain_name)
+    vector: AdapterTaskVector
     if isinstance(config, PeftConfig):
-        return "peft", PeftTaskVector(
-            open_adapter_weights(folder, "peft", label, allow_pickle), config, base, label
-        )
-    if isinstance(config, MlxConfig):
-        return "mlx", MlxTaskVector(
-            open_adapter_weights(folder, "mlx", label, allow_pickle), config, base, label
-        )
-    source = open_adapter_weights(folder, "adapterhub", label, allow_pickle)
-    vector = AdapterHubTaskVector(source, config, base, label)
-    vector.extra += _head_parameters(folder, label)
-    return "adapterhub", vector
+        vector = PeftTaskVector(tokens.source, config, base, label)
+    elif isinstance(config, MlxConfig):
+        vector = MlxTaskVector(tokens.source, config, base, label)
+    else:
+        vector = AdapterHubTaskVector(tokens.source, config, base, label)
+        vector.extra += _head_parameters(folder, label)
+    return kind, vector, tokens
 
 
 def _head_parameters(folder: Path, label: str) -> tuple[str, ...]:

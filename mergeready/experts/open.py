@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -14,6 +15,7 @@ from mergeready.experts.kinship import require_kinship
 from mergeready.experts.peft_config import CONFIG_NAME
 from mergeready.experts.record import recorded_base
 from mergeready.experts.task_vector import FullTaskVector, TaskVector
+from mergeready.experts.tokens import require_same_tokens, token_rows
 from mergeready.weights.names import match_names
 from mergeready.weights.open import WeightsLike, open_weights, resolve_folder
 from mergeready.weights.source import WeightSource, chunk_ranges, is_mergeable
@@ -32,6 +34,7 @@ class Expert:
         missing: Base parameters that it does not have. They count as unchanged.
         statistics: Source of its running statistics, if it is a full model.
         base_checked: How its base was verified: ``recorded`` (exact), ``weights`` (plausible) or ``nothing``.
+        added_tokens: Tokens that the base's tokenizer does not know, with the rows of the base that they took.
         notes: What else is to be known, such as training on quantised weights.
     """
 
@@ -43,6 +46,7 @@ class Expert:
     missing: tuple[str, ...] = ()
     statistics: WeightSource | None = None
     base_checked: Literal["recorded", "weights", "nothing"] = "nothing"
+    added_tokens: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -115,13 +119,23 @@ def _open_folder(
 def _open_adapter(
     folder: Path, label: str, base: Base, strict: bool, recorded: bool, allow_pickle: bool
 ) -> Expert:
-    kind, vector = open_adapter(folder, base, label, allow_pickle=allow_pickle)
+    kind, vector, tokens = open_adapter(folder, base, label, allow_pickle=allow_pickle)
     _require_finite_file(vector)
     vector.require_trained()
     if strict:
+        tokens.refuse_lost(label)
         _refuse_extra(label, vector.extra, base)
     checked: Literal["recorded", "nothing"] = "recorded" if recorded else "nothing"
-    return Expert(label, kind, vector, folder, vector.extra, base_checked=checked, notes=vector.notes)
+    return Expert(
+        label,
+        kind,
+        vector,
+        folder,
+        vector.extra,
+        base_checked=checked,
+        added_tokens=tokens.added,
+        notes=(*vector.notes, *tokens.notes),
+    )
 
 
 def _require_finite_file(vector: AdapterTaskVector) -> None:
@@ -136,12 +150,32 @@ def _open_full(
 ) -> Expert:
     refuse_foreign_lora(source.infos, source.label)
     require_wide_floats(source)
+    tokens = token_rows(source, base, folder)
+    source = tokens.source
+    if strict:
+        tokens.refuse_lost(source.label)
     names, extra, missing = pair_with_base(source, base, strict=strict)
     if not recorded:
         require_kinship(source, base.source, names)
     vector = FullTaskVector(source, base.source, names, base.identity)
     checked: Literal["recorded", "weights"] = "recorded" if recorded else "weights"
-    return Expert(source.label, "full", vector, folder, extra, missing, source, checked)
+    return Expert(
+        source.label, "full", vector, folder, extra, missing, source, checked, tokens.added, tokens.notes
+    )
+
+
+def open_experts(
+    experts: Sequence[ExpertLike], base: WeightsLike | Base, *, strict: bool = True
+) -> list[Expert]:
+    """Open experts that are to be merged; see :func:`open_expert`.
+
+    Raises:
+        MismatchError: Also if two of them gave one row of the embeddings to different tokens.
+    """
+    base = Base.open(base)
+    opened = [open_expert(expert, base, strict=strict) for expert in experts]
+    require_same_tokens([expert.label for expert in opened], [expert.added_tokens for expert in opened])
+    return opened
 
 
 def pair_with_base(

@@ -58,6 +58,15 @@ class PeftTaskVector(AdapterTaskVector):
         super().__init__(builder)
 
 
+def plain_name(key: str) -> str:
+    """A parameter's name without what PEFT puts around it.
+
+    >>> plain_name("base_model.model.model.embed_tokens.base_layer.weight")
+    'model.embed_tokens.weight'
+    """
+    return key.removeprefix(_PREFIX).replace(".base_layer.", ".")
+
+
 def _sort_tensors(source: WeightSource, label: str) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
     """Group tensor names: factors by module and role, and whole copies by parameter name."""
     modules: dict[str, dict[str, str]] = {}
@@ -73,7 +82,7 @@ def _sort_tensors(source: WeightSource, label: str) -> tuple[dict[str, dict[str,
         elif "lora_" in name:
             unknown.append(key)
         else:
-            copies[name.replace(".base_layer.", ".")] = key
+            copies[plain_name(key)] = key
     if unknown:
         raise FormatError(f"{label} holds tensors that PEFT's LoRA format does not have: {listing(unknown)}.")
     require_pairs(modules, (("A", "B"), ("embedding_A", "embedding_B")), label)

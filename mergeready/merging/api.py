@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mergeready.errors import OptionError, listing
 from mergeready.experts.base import Base
-from mergeready.experts.open import ExpertLike, open_expert
+from mergeready.experts.open import ExpertLike, open_experts
 from mergeready.merging.double import Arithmetic
 from mergeready.merging.evaluation import Evaluate
 from mergeready.merging.folders import Progress, merge_folders
@@ -155,7 +155,7 @@ def merge(
         method, len(experts), scale=scale, weights=weights, overrides=overrides, **parameters
     )
     opened_base = Base.open(base)
-    opened = [open_expert(expert, opened_base, strict=strict) for expert in experts]
+    opened = open_experts(experts, opened_base, strict=strict)
     state = merge_state(
         opened_base,
         opened,

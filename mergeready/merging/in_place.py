@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mergeready.errors import OptionError
 from mergeready.experts.base import Base
 from mergeready.experts.live import LiveExpert
-from mergeready.experts.open import ExpertLike, open_expert
+from mergeready.experts.open import ExpertLike, open_experts
 from mergeready.experts.task_vector import TaskVector
 from mergeready.merging.parameter import (
     add_delta,
@@ -80,7 +80,7 @@ class MergedInPlace:
     ) -> None:
         self.live = model if isinstance(model, LiveExpert) else LiveExpert(model, base)
         with self.live.base_readable():
-            others = [open_expert(expert, self.live.base, strict=False) for expert in experts]
+            others = open_experts(experts, self.live.base, strict=False)
         opened = [expert.vector for expert in others]
         if others:
             own = [("this run", ModuleSource(self.live.model))] if include_model else []

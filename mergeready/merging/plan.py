@@ -11,7 +11,7 @@ import torch
 
 from mergeready.errors import OptionError, listing
 from mergeready.experts.base import Base
-from mergeready.experts.open import Expert, ExpertLike, open_expert
+from mergeready.experts.open import Expert, ExpertLike, open_experts
 from mergeready.merging.double import Arithmetic, check_arithmetic
 from mergeready.merging.method import MatrixMethod, MergeMethod
 from mergeready.merging.parameter import check_dtype
@@ -148,7 +148,7 @@ class MergeJob:
         check_statistics(statistics)
         count = check_threads(threads)
         base = Base.open(base)
-        opened = tuple(open_expert(expert, base, strict=strict) for expert in experts)
+        opened = tuple(open_experts(experts, base, strict=strict))
         settings.check([expert.vector for expert in opened])
         warn_if_stale(base.source, expert_statistics(opened), KEPT[statistics])
         infos = {name: _output_info(name, info, dtype) for name, info in base.source.infos.items()}

@@ -13,7 +13,7 @@ from mergeready.errors import NonFiniteError, OptionError, listing
 from mergeready.experts.adapter import AdapterTaskVector
 from mergeready.experts.base import Base
 from mergeready.experts.delta import LowRank
-from mergeready.experts.open import Expert, ExpertLike, open_expert
+from mergeready.experts.open import Expert, ExpertLike, open_experts
 from mergeready.experts.peft_config import CONFIG_NAME
 from mergeready.experts.record import write_record
 from mergeready.merging.adapters.adapterhub_output import write_adapterhub
@@ -151,7 +151,7 @@ def merge_adapters(
         method, len(experts), scale=scale, weights=weights, overrides=overrides, **parameters
     )
     base = Base.open(base)
-    opened = [open_expert(expert, base, strict=strict) for expert in experts]
+    opened = open_experts(experts, base, strict=strict)
     vectors = _adapters(opened)
     overlap = target_overlap(vectors)
     if output_format == "full":
