@@ -4,18 +4,22 @@ from mergeready.merging import (  # noqa: F401 - each registers its methods
     average,
     breadcrumbs,
     consensus,
+    core_space,
     dare,
     della,
     fisher,
     iso_c,
     iso_cts,
+    knots,
     model_stock,
     pcb,
     regmean,
     slerp,
+    svc,
     task_arithmetic,
     ties,
     tsv_m,
+    wudi,
 )
 from mergeready.merging.adapters import MergedAdapter, merge_adapters
 from mergeready.merging.api import merge

@@ -51,10 +51,14 @@ class SpectralMethod(MatrixMethod):
     ) -> Tensor:
         if not all_finite(deltas):
             return nothing(deltas, fill=float("nan"))
+        return self.merge_exactly(deltas, weights).float()
+
+    def merge_exactly(self, deltas: Sequence[Delta | None], weights: Sequence[float]) -> Tensor:
+        """The merged matrix in float64, of deltas without NaN and infinite values."""
         frame = Frame.of(deltas, weights)
         if frame is None:
             return nothing(deltas)
-        return frame.restore(self.merge_changes(frame.changes, min(frame.shape))).float()
+        return frame.restore(self.merge_changes(frame.changes, min(frame.shape)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +67,11 @@ class Changes(Sequence[Tensor]):
 
     matrices: Sequence[Tensor]
     weights: Sequence[float]
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.matrices[0].device
 
     def __len__(self) -> int:
         return len(self.matrices)
@@ -93,13 +102,13 @@ class Frame:
     @classmethod
     def of(cls, deltas: Sequence[Delta | None], weights: Sequence[float]) -> Frame | None:
         """The frame of one parameter; None where nothing changes it."""
-        slots = [i for i, d in enumerate(deltas) if d is not None and weights[i] != 0 and _changes(d)]
+        slots = [i for i, d in enumerate(deltas) if d is not None and weights[i] != 0 and changes_anything(d)]
         taking_part = [d for i, d in enumerate(deltas) if d is not None and i in slots]
         factors = [weights[i] for i in slots]
         if not slots:
             return None
         shape = _shape(taking_part[0])
-        where = _device(deltas)
+        where = device_of(deltas)
         pairs = [_factors(d, where) for d in taking_part]
         small = [pair for pair in pairs if pair is not None]
         if len(small) < len(pairs) or sum(B.shape[1] for B, _ in small) >= min(shape):
@@ -110,6 +119,12 @@ class Frame:
         ranks = [B.shape[1] for B, _ in small]
         cores = [u @ v.T for u, v in zip(upper.split(ranks, 1), lower.split(ranks, 1), strict=True)]
         return cls(Changes(cores, factors), shape, left, right, slots)
+
+    def whole(self, deltas: Sequence[Delta | None]) -> Frame:
+        """The same without bases: changes are the deltas themselves."""
+        chosen = [delta for slot in self.slots if (delta := deltas[slot]) is not None]
+        matrices = [as_matrix(delta).to(self.changes.device) for delta in chosen]
+        return Frame(Changes(matrices, self.changes.weights), self.shape, None, None, self.slots)
 
     def restore(self, core: Tensor) -> Tensor:
         """From a merged core to the parameter's matrix."""
@@ -184,7 +199,8 @@ def _parts(delta: Delta) -> Sequence[Tensor]:
     return (delta.B, delta.A) if isinstance(delta, LowRank) else (delta.value,)
 
 
-def _changes(delta: Delta) -> bool:
+def changes_anything(delta: Delta) -> bool:
+    """Whether a delta has entries that are not zero."""
     return all(bool(part.any()) for part in _parts(delta))
 
 
@@ -197,9 +213,10 @@ def _numel(shape: Sequence[int]) -> int:
     return int(torch.Size(shape).numel())
 
 
-def _device(deltas: Sequence[Delta | None]) -> torch.device:
+def device_of(deltas: Sequence[Delta | None]) -> torch.device:
+    """Where to compute: where the first delta is, if float64 exists there."""
     device = next(_parts(delta)[0].device for delta in deltas if delta is not None)
-    return device if device.type != "mps" else torch.device("cpu")  # which has no float64
+    return device if device.type != "mps" else torch.device("cpu")
 
 
 def _factors(delta: Delta, device: torch.device) -> tuple[Tensor, Tensor] | None:

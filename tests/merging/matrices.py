@@ -116,3 +116,32 @@ def iso_cts(changes: Sequence[Matrix], common: float = 0.8) -> Matrix:
     right = np.vstack([V, *(v[:s] for _, _, v in specific)])
     mean = np.concatenate([S, *(values[:s] for _, values, _ in specific)]).mean()
     return mean * orthogonalised(left) @ orthogonalised(right)
+
+
+def wudi(changes: Sequence[Matrix], ridge: float = 0.0) -> Matrix:
+    """Cheng et al., equation 10, as one least squares problem in all rows of τ; ρ = ridge · T as more equations."""
+    unit = [change / norm(change) for change in changes]
+    equations, answers = np.vstack(unit), np.vstack([u @ c.T for u, c in zip(unit, changes, strict=True)])
+    rho = np.sqrt(ridge * len(changes))
+    if rho:
+        equations = np.vstack([equations, rho * np.eye(equations.shape[1])])
+        answers = np.vstack([answers, rho * sum(changes).T])
+    return np.linalg.lstsq(equations, answers, rcond=1e-5)[0].T
+
+
+def knots(changes: Sequence[Matrix], inner: Callable[[list[Matrix]], Matrix]) -> Matrix:
+    """Stoica et al., section 4: the basis from the eigenvectors of Σ τᵢ τᵢᵀ, which is [τ₁ …][τ₁ …]ᵀ."""
+    values, basis = eigh(sum(change @ change.T for change in changes))
+    basis = basis[:, values > 1e-12 * values[-1]][:, ::-1]
+    return basis @ inner([basis.T @ change for change in changes])
+
+
+def svc(merged: Matrix, changes: Sequence[Matrix], alpha: float) -> Matrix:
+    """Li et al., algorithm 1, a direction at a time."""
+    U, S, V = svd(merged, full_matrices=False)
+    result = np.zeros_like(merged)
+    for u, sigma, v in zip(U.T, S, V, strict=True):
+        together = u @ merged
+        times = [(together @ (u @ c)) / ((u @ c) @ (u @ c)) for c in changes]
+        result += np.outer(u, v) * sigma * len(changes) / sum(max(alpha, s) for s in times)
+    return result

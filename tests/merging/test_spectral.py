@@ -17,7 +17,12 @@ from mergeready.merging.spectral import polar, thin_svd
 from tests.merging import matrices as exact
 from tests.merging.matrices import adapters, error, factors, matrices, matrix_of, merged, shapes, weighted
 
-FORMULAS = {"tsv_m": exact.tsv_m, "iso_c": exact.iso_c, "iso_cts": exact.iso_cts}
+FORMULAS = {
+    "tsv_m": exact.tsv_m,
+    "iso_c": exact.iso_c,
+    "iso_cts": exact.iso_cts,
+    "wudi": lambda changes: exact.wudi(changes, ridge=make_method("wudi").ridge),
+}
 NAMES = sorted(FORMULAS)
 by_name = pytest.mark.parametrize("name", NAMES)
 
