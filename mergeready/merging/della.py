@@ -96,8 +96,8 @@ class _Della(ElementwiseMethod):
             numbers = random_numbers(
                 seed=self.seed, slot=rows.slot, name=place.name, start=place.start, stop=place.stop
             )
-            kept = torch.from_numpy(numbers.astype("float32")) < levels
-            delta.mul_(kept.to(delta.device)).mul_((LEVELS / levels.to(delta.dtype)).to(delta.device))
+            kept = torch.from_numpy(numbers.astype("float32")).lt_(levels).to(delta.dtype)  # 1 or 0
+            delta.mul_(kept.mul_(LEVELS).div_(levels).to(delta.device))
 
 
 @register

@@ -20,7 +20,7 @@ from tests.ranks import run_ranks
 from tests.sharded import ON_FOUR, ON_TWO, adapter, full_state, local_bits, net_like, spread
 from tests.training.small import Net, equal, examples, expert, save, train
 
-METHODS = ("task_arithmetic", "ties", "dare_ties", "tsv_m")
+METHODS = ("task_arithmetic", "ties", "dare_ties", "della", "model_stock", "pcb", "tsv_m")
 SCALES = (0.5, 1.0)
 X = examples(0, 0, 4)[0]
 
