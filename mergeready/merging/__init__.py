@@ -14,6 +14,7 @@ from mergeready.merging import (  # noqa: F401 - each registers its methods
     model_stock,
     pcb,
     regmean,
+    sce,
     slerp,
     svc,
     task_arithmetic,

@@ -16,7 +16,7 @@ linear in weights  task_arithmetic; breadcrumbs, dare_linear and della_linear at
 =================  ==================================================================================
 
 pcb clips and weighs what it keeps: up to rounding it satisfies one-hot, twins, order and negation
-(``test_pcb.py``), but never identity.
+(``test_pcb.py``), but never identity. sce selects where experts differ, so twins merge to nothing (``test_sce.py``).
 """
 
 from __future__ import annotations

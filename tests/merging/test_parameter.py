@@ -136,6 +136,7 @@ METHODS = [
     "della_linear",
     "model_stock",
     "pcb",
+    "sce",
     "slerp",
     "task_arithmetic",
     "ties",

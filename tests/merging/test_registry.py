@@ -22,7 +22,7 @@ from mergeready.merging.registry import _METHODS, require_fraction
 from tests.merging.methods import built
 
 OWN = ["average", "dare_linear", "dare_ties", "task_arithmetic", "ties"]
-OWN += ["breadcrumbs", "consensus", "della", "della_linear", "model_stock", "pcb", "slerp"]
+OWN += ["breadcrumbs", "consensus", "della", "della_linear", "model_stock", "pcb", "sce", "slerp"]
 
 DENSE = ["ties", "dare_linear", "dare_ties", "breadcrumbs", "pcb"]
 
