@@ -20,13 +20,14 @@ from mergeready.merging.journal import Finished, Journal
 from mergeready.merging.parameter import add_delta, merged_chunks, raise_if_broken
 from mergeready.merging.plan import MergeJob
 from mergeready.merging.provenance import public, write_card, write_recipe
-from mergeready.merging.ranks import Ranks, open_ranks
+from mergeready.merging.ranks import open_ranks
 from mergeready.merging.registry import MethodLike
 from mergeready.merging.rounding import RoundingLoss, rounding_sums
 from mergeready.merging.statistics import Statistics, merged_statistic
 from mergeready.merging.workers import run_bounded
 from mergeready.weights.layout import DEFAULT_SHARD_BYTES, FolderLayout
 from mergeready.weights.open import WeightsLike
+from mergeready.weights.ranks import Ranks
 from mergeready.weights.resumable import Workspace, resumable_folder
 from mergeready.weights.source import chunk_ranges, is_mergeable
 from mergeready.weights.writer import PieceWriter, copy_companions
@@ -95,8 +96,7 @@ def merge_folders(
     """
     output = Path(output)
     with open_ranks(distributed) as ranks:
-
-        def prepare() -> tuple[MergeJob, str | None]:
+        with ranks.together():
             job = MergeJob.make(
                 base,
                 experts,
@@ -114,9 +114,7 @@ def merge_folders(
                 **parameters,
             )
             require_apart(output, [job.base.folder, *(expert.folder for expert in job.experts)])
-            return job, job_key(job)
-
-        job, key = ranks.together(prepare)
+            key = job_key(job)
         _require_same(ranks, job, key)
         with _shared_workspace(ranks, output, key, overwrite, job.layout) as workspace:
             _merge(job, ranks, workspace, memory, progress)
@@ -138,7 +136,7 @@ def require_apart(output: Path, inputs: Sequence[Path | None]) -> None:
 
 def _require_same(ranks: Ranks, job: MergeJob, key: str | None) -> None:
     facts = key or json.dumps([job.base.identity.fingerprint, job.settings.describe()], default=str)
-    if len(set(ranks.gather(facts))) > 1:
+    if len(set(ranks.each(facts))) > 1:
         raise OptionError("ranks were given different inputs or settings. Start all with the same arguments.")
 
 
@@ -148,20 +146,22 @@ def _shared_workspace(
 ) -> Iterator[Workspace]:
     """The output's workspace with its files made: entered and left by the first rank, known to all."""
     with ExitStack() as stack:
+        workspace = Workspace.beside(output)
+        with ranks.together():
+            if ranks.is_first:
+                workspace = stack.enter_context(resumable_folder(output, key, overwrite=overwrite))
+                _set_up(workspace, key, layout)
+        yield workspace
+        with ranks.together():
+            stack.close()
 
-        def enter() -> Workspace:
-            if not ranks.first:
-                return Workspace.beside(output)
-            workspace = stack.enter_context(resumable_folder(output, key, overwrite=overwrite))
-            (workspace.root / _STOP).unlink(missing_ok=True)
-            if not workspace.resumed:
-                layout.create(workspace.folder)
-                if key is not None:
-                    workspace.set_key(key)
-            return workspace
 
-        yield ranks.together(enter)
-        ranks.together(stack.close)
+def _set_up(workspace: Workspace, key: str | None, layout: FolderLayout) -> None:
+    (workspace.root / _STOP).unlink(missing_ok=True)
+    if not workspace.resumed:
+        layout.create(workspace.folder)
+        if key is not None:
+            workspace.set_key(key)
 
 
 def _merge(
@@ -170,14 +170,13 @@ def _merge(
     done = Journal.read(workspace.root)
     mine = _share(job, ranks)
 
-    def work() -> list[Finished]:
+    with ranks.together():
         try:
-            return _Worker(job, workspace, ranks.rank, mine, done, progress).run(memory)
+            part = _Worker(job, workspace, ranks.rank, mine, done, progress).run(memory)
         except BaseException:
             (workspace.root / _STOP).touch()  # so that other ranks need not finish first
             raise
-
-    parts = ranks.gather(ranks.together(work))
+    parts = ranks.each(part)
     finished = {entry.name: entry for part in parts for entry in part}
     names = list(job.layout.infos)
     if len(finished) < len(names):
@@ -188,15 +187,15 @@ def _merge(
     raise_if_broken(
         [entry.name for entry in entries if entry.broken], [expert.vector for expert in job.experts]
     )
-    if ranks.first:
+    if ranks.is_first:
         _write_rest(job, workspace.folder, entries)
 
 
 def _share(job: MergeJob, ranks: Ranks) -> list[str]:
     """The tensors that a rank writes: whole files where there are enough, the next always to whom has least."""
     files = [list(file.offsets) for file in job.layout.files]
-    units = files if len(files) >= ranks.count else [[name] for names in files for name in names]
-    loads, shares = [0] * ranks.count, [list[str]() for _ in range(ranks.count)]
+    units = files if len(files) >= ranks.size else [[name] for names in files for name in names]
+    loads, shares = [0] * ranks.size, [list[str]() for _ in range(ranks.size)]
     for unit in units:
         rank = loads.index(min(loads))
         loads[rank] += sum(job.layout.infos[name].nbytes for name in unit)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mergeready import errors
-from mergeready.errors import MergeReadyError
+from mergeready.errors import LostRankError, MergeReadyError
 
 T = TypeVar("T")
 
@@ -28,7 +28,8 @@ class Ranks:
 
     They talk over a gloo group of their own: messages are small and on the CPU, accelerators need not wait for them,
     and they cannot be mistaken for collectives of the training. Everything but ``rank`` and ``size`` is a
-    collective: every rank calls it, in the same order. Alone, all of it costs nothing.
+    collective: every rank calls it, in the same order. Alone, all of it costs nothing. A collective raises
+    ``LostRankError`` where another rank died.
 
     Attributes:
         rank: This process.
@@ -70,7 +71,8 @@ class Ranks:
         if self.size == 1:
             return
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        dist.all_reduce(flat, group=self._group)
+        with _noticing_losses():
+            dist.all_reduce(flat, group=self._group)
         totals = torch.split(flat, [tensor.numel() for tensor in tensors])
         for tensor, total in zip(tensors, totals, strict=True):
             tensor.copy_(total.reshape(tensor.shape))
@@ -80,7 +82,8 @@ class Ranks:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._group)
+        with _noticing_losses():
+            dist.all_gather_object(values, value, group=self._group)
         return values
 
     def same(self, value: T) -> T:
@@ -88,7 +91,8 @@ class Ranks:
         if self.size == 1:
             return value
         values: list[Any] = [value]
-        dist.broadcast_object_list(values, src=0, group=self._group)
+        with _noticing_losses():
+            dist.broadcast_object_list(values, src=0, group=self._group)
         result: T = values[0]
         return result
 
@@ -126,6 +130,14 @@ class Ranks:
         for rank, failure in enumerate(failures):
             if failure is not None:
                 raise _rebuilt(rank, *failure)
+
+
+@contextmanager
+def _noticing_losses() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostRankError(f"another rank was lost, or is stuck ({error}).") from error
 
 
 def _described(error: Exception) -> Any:
