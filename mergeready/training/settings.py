@@ -1,0 +1,163 @@
+"""A run's settings as plain data, for trainers that are configured in YAML."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from mergeready.errors import OptionError
+from mergeready.merging.evaluation import Evaluate
+from mergeready.merging.method import MergeMethod
+from mergeready.merging.registry import make_method
+from mergeready.training.monitor import DEFAULT_MEASURE
+from mergeready.training.options import MonitorOptions
+from mergeready.training.picks import Picks
+from mergeready.training.policies import AnyOf, ExpertPlateau, MergedPlateau, NormBudget, Policy
+from mergeready.training.probe import Probe
+from mergeready.training.schedule import Schedule
+
+_STRICT = ConfigDict(extra="forbid", frozen=True)
+
+
+class StopSettings(BaseModel):
+    """When to stop: as soon as one of the policies that are given says so."""
+
+    model_config = _STRICT
+
+    merged_plateau: MergedPlateau | None = None
+    expert_plateau: ExpertPlateau | None = None
+    norm_budget: NormBudget | None = None
+
+    def policy(self) -> Policy | None:
+        """The policies as one; None where none is given."""
+        given = [p for p in (self.merged_plateau, self.expert_plateau, self.norm_budget) if p is not None]
+        return AnyOf(*given) if given else None
+
+
+class ProbeSettings(BaseModel):
+    """How to probe; see :class:`~mergeready.training.probe.Probe`.
+
+    Attributes:
+        merge: Names of merge methods, or a name with its parameters: ``{ties: {density: 0.2}}``.
+        evaluate: Where the evaluation function is: ``package.module:function``. By default the trainer evaluates.
+    """
+
+    model_config = _STRICT
+
+    merge: list[str | dict[str, dict[str, Any]]] = Field(default=["task_arithmetic"], min_length=1)
+    scales: tuple[float, ...] = tuple(Probe().scales)
+    evaluate: str | None = None
+    metric: str | None = None
+    greater_is_better: bool | None = None
+    schedule: Schedule = Probe().schedule
+    max_evaluations: int = Probe().max_evaluations
+
+    @field_validator("merge")
+    @classmethod
+    def _known(cls, merge: list[str | dict[str, dict[str, Any]]]) -> list[str | dict[str, dict[str, Any]]]:
+        for given in merge:
+            _method(given)
+        return merge
+
+    def probe(self) -> Probe:
+        """The probe.
+
+        Raises:
+            OptionError: If the evaluation function cannot be found.
+        """
+        return Probe(
+            merge=[_method(given) for given in self.merge],
+            scales=self.scales,
+            evaluate=None if self.evaluate is None else _function(self.evaluate),
+            metric=self.metric,
+            greater_is_better=self.greater_is_better,
+            schedule=self.schedule,
+            max_evaluations=self.max_evaluations,
+        )
+
+
+class RunSettings(BaseModel):
+    """What a callback is told, as plain data.
+
+    Attributes:
+        base: Folder or hub id of the base; None where it can be found out.
+        peers: Folders, hub ids or fingerprints of other experts.
+        probe: How to probe; False to only measure the task vector.
+        stop: When to stop.
+        on_stop: ``stop``, or ``record`` to only note when the run would have stopped.
+        measure: When to measure the task vector.
+        picks: Which checkpoints to keep; False for none.
+
+    Example:
+        >>> settings = RunSettings.parse({
+        ...     "peers": ["experts/math"],
+        ...     "probe": {"merge": ["ties", {"dare_ties": {"density": 0.3}}], "schedule": {"every": 50}},
+        ...     "stop": {"merged_plateau": {"patience": 4}},
+        ... })
+        >>> settings.options()["probe"].schedule.every
+        50
+    """
+
+    model_config = _STRICT
+
+    base: str | None = None
+    peers: list[str] = []
+    probe: ProbeSettings | Literal[False] = ProbeSettings()
+    stop: StopSettings = StopSettings()
+    on_stop: Literal["stop", "record"] = "stop"
+    measure: Schedule = DEFAULT_MEASURE
+    picks: Picks | Literal[False] = Picks()
+
+    @classmethod
+    def parse(cls, content: Mapping[str, Any]) -> RunSettings:
+        """Check settings as read from a file.
+
+        Raises:
+            OptionError: If a name or value is not understood; the message lists all of them.
+        """
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            raise OptionError(f"the mergeready settings cannot be understood: {error}") from error
+
+    def options(self) -> MonitorOptions:
+        """The same as arguments of a callback.
+
+        Raises:
+            OptionError: If the evaluation function cannot be found.
+        """
+        return {
+            "base": self.base,
+            "peers": self.peers,
+            "probe": self.probe.probe() if self.probe else None,
+            "stop": self.stop.policy(),
+            "on_stop": self.on_stop,
+            "measure": self.measure,
+            "picks": self.picks or None,
+        }
+
+
+def _method(given: str | dict[str, dict[str, Any]]) -> MergeMethod:
+    if isinstance(given, str):
+        return make_method(given)
+    if len(given) != 1:
+        raise OptionError(f"`merge` takes one method an entry, not {', '.join(given) or 'none'}.")
+    [(name, parameters)] = given.items()
+    return make_method(name, **parameters)
+
+
+def _function(place: str) -> Evaluate:
+    module, _, name = place.partition(":")
+    if not (module and name):
+        raise OptionError(f"`evaluate` must be 'package.module:function', not {place!r}.")
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError as error:
+        raise OptionError(f"`evaluate` is {place!r}, but {error}.") from error
+    if not callable(found):
+        raise OptionError(f"`evaluate` is {place!r}, but {module} has no function {name!r}.")
+    evaluate: Evaluate = found
+    return evaluate
