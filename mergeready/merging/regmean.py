@@ -31,10 +31,11 @@ class RegMean(MatrixMethod):
     shrunk: ``G̃ = α G + (1 − α) diag(G)``. Jin et al., "Dataless Knowledge Fusion by Merging Weights of Language
     Models" (arXiv 2212.09849). Solved in float64.
 
-    Where the inputs say nothing, as for a feature that is always zero, the result is the mean weighted by ``wᵢ``: the
-    diagonal is raised towards it by ``in · 2⁻²³`` of itself, as much as the rounding of fp32 Gram matrices may take
-    from their smallest eigenvalues. Parameters without a Gram matrix (embeddings, convolutions,
-    norms, biases) go to ``rest``; the paper averages them. ``wᵢ`` must not be negative.
+    Where the inputs say nothing, as for a feature that is always zero, the result is the mean weighted by ``wᵢ``.
+    With α near 1 the diagonal is raised towards that mean by up to ``in · 2⁻²³`` of itself, as much as rounding to
+    fp32 may take from the smallest eigenvalues; for smaller α the shrinkage has done so already. Parameters without
+    a Gram matrix (embeddings, convolutions, norms, biases) go to ``rest``; the paper averages them. ``wᵢ`` must not
+    be negative.
 
     A Gram matrix is stored under its parameter's name, or with ``^T`` behind it where the layer stores its weight as
     (in, out).
@@ -125,7 +126,8 @@ class RegMean(MatrixMethod):
                 moved += gram @ left if right is None else (gram @ left) @ right
                 mean += share / sum(shares) * (left if right is None else left @ right)
         diagonal = total.diagonal()
-        ridge = (inputs * _ROUNDING * diagonal).masked_fill_(diagonal == 0, 1.0)
+        lacking = max(inputs * _ROUNDING - (1 - self.alpha), 0.0)
+        ridge = (lacking * diagonal).masked_fill_(diagonal == 0, 1.0)
         diagonal.add_(ridge)
         solution = _solve(total, moved.add_(mean.mul_(ridge[:, None])), place.name)
         return (solution.T if columns_are_inputs else solution).float().contiguous()

@@ -107,9 +107,9 @@ def warn_if_stale(base: WeightSource, statistics: StatisticsOf, kept: str) -> No
     if live:
         layers = len({layer for _, found in live for layer in found})
         _warn_once(
-            f"{listing(label for label, _ in live)}: trained with live BatchNorm statistics ({layers} layers), while "
-            f"the merged model has {kept}. Evaluated like this it looks worse than it is: recompute them first, with "
-            "mergeready.recalibrate."
+            f"{len(live)} of {len(statistics)} experts ({listing(dict.fromkeys(label for label, _ in live))}) were "
+            f"trained with live BatchNorm statistics in {layers} layers, while the merged model has {kept}. Evaluated "
+            "like this it looks worse than it is: recompute them first, with mergeready.recalibrate."
         )
 
 

@@ -17,8 +17,11 @@ from torch import Tensor
 
 from mergeready.errors import MismatchError, NonFiniteError, OptionError
 from mergeready.merging import make_method, merge, merge_folders
+from mergeready.merging.double import in_arithmetic
 from mergeready.merging.information import Collected
-from tests.merging.formulas import NAME, merged
+from mergeready.merging.parameter import merged_chunks
+from tests.merging.formulas import NAME, merged, vectors
+from tests.merging.methods import built
 from tests.merging.worlds import equal, make_world, state, tensors_of
 
 SHARES = [0.5, 0.3, 0.2]
@@ -151,7 +154,10 @@ def test_files_and_dicts_give_the_same_merge_and_the_merge_records_the_files(tmp
     out = merge_folders(world.base_folder, world.folders, tmp_path / "out", "fisher", fisher=paths)
     assert equal(tensors_of(out), merge(shapes, world.experts, "fisher", fisher=fishers))
     record = (out / "mergeready.json").read_text()
-    assert all(str(path) in record for path in paths)
+    assert all(path.name in record for path in paths)
+    assert all(
+        found["fingerprint"] in record for found in make_method("fisher", fisher=paths).describe()["fisher"]
+    )
     text = ",".join(map(str, paths))  # as a command line gives them
     assert make_method("fisher", fisher=text) == make_method("fisher", fisher=paths)
 
@@ -202,3 +208,23 @@ def test_it_needs_data() -> None:
     zero = make_method("fisher", fisher=[{NAME: torch.zeros(2, 3)}], normalise=True)
     with pytest.raises(NonFiniteError, match="cannot be normalised: its norm is 0"):
         merged(zero, [torch.ones(2, 3)], [1.0])
+
+
+@given(cases())
+def test_sums_in_float64(case: tuple[list[Tensor], list[Tensor], list[float]]) -> None:
+    deltas, fishers, factors = case
+    method = in_arithmetic("float64", make_method("fisher", fisher=sources(fishers)))
+    made = vectors(deltas)
+    pieces = [p for _, _, p in merged_chunks(method, NAME, made[0].infos[NAME], made, factors)]
+    ours = torch.cat(pieces).reshape(deltas[0].shape)
+    assert ours.dtype == torch.float64
+    torch.testing.assert_close(ours, exact(deltas, fishers, factors), rtol=1e-12, atol=1e-14)
+
+
+def test_threads_do_not_change_a_bit(tmp_path: Path) -> None:
+    world = make_world(tmp_path)
+    method = built("fisher", state(world.base), 2)
+    outs = [
+        merge_folders(world.base_folder, world.folders, tmp_path / f"{n}", method, threads=n) for n in (1, 3)
+    ]
+    assert equal(*map(tensors_of, outs))

@@ -156,7 +156,8 @@ def test_merges_of_live_experts_warn_and_name_the_remedy(
         with caplog.at_level(logging.WARNING, "mergeready"):
             make()
         assert len(caplog.records) == 1, name
-        assert "trained with live BatchNorm statistics (1 layers)" in caplog.text
+        assert "2 of 2 experts" in caplog.text
+        assert "trained with live BatchNorm statistics in 1 layers" in caplog.text
         assert "mergeready.recalibrate" in caplog.text
 
 
