@@ -12,6 +12,7 @@ from rich.filesize import decimal
 from rich.markup import escape
 
 from mergeready.cli.app import StrictOption, app, console
+from mergeready.cli.merge_adapters import merge_into_adapter
 from mergeready.cli.options import parse_bytes, parse_dtype, parse_numbers, parse_parameter
 from mergeready.errors import OptionError, listing
 
@@ -60,6 +61,15 @@ def merge(
     arithmetic: Annotated[
         str | None, typer.Option(help="Dtype of sums: float32 or float64.", show_default="float32")
     ] = None,
+    form: Annotated[
+        str, typer.Option("--as", help="What to write: a model, or an adapter of PEFT or AdapterHub.")
+    ] = "model",
+    rank: Annotated[
+        str | None,
+        typer.Option(
+            help="Rank of an adapter, or the share of energy to keep, such as 0.9.", show_default="exact"
+        ),
+    ] = None,
     memory: Annotated[
         str | None, typer.Option(help="Most memory for tensors, such as 500MB.", show_default=False)
     ] = None,
@@ -101,6 +111,9 @@ def merge(
         return
     if output is None:
         raise typer.BadParameter("name the folder to write.", param_hint="'--output'")
+    if form != "model" or rank is not None:
+        merge_into_adapter(out, recipe, output, form, rank, strict=strict, overwrite=overwrite)
+        return
     with _progress_bar(out) as progress:
         folder = merge_folders(
             recipe.base, recipe.experts, output, overwrite=overwrite, progress=progress, **options
