@@ -31,8 +31,10 @@ from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, Mixtral
 
 from mergeready.errors import FormatError, MismatchError, NotTrainedError, UnsupportedError
 from mergeready.experts import Base, Expert, LowRank, dense, open_expert
-from mergeready.merging import merge
+from mergeready.experts.open import open_experts
+from mergeready.merging import merge, merge_adapters
 from tests.experts import test_adapterhub as adapterhub
+from tests.experts import test_tokens as tokens
 from tests.experts.mlx_files import random_adapter, write_adapter
 from tests.models import TinyConvNet, perturb, tiny_bert, tiny_gpt2, tiny_llama, token_batch
 
@@ -329,6 +331,30 @@ def test_inactive_adapter(tmp_path: Path) -> None:
     get_peft_model(tiny_bert(), LoraConfig(target_modules=QV)).save_pretrained(tmp_path)
     with pytest.raises(NotTrainedError, match="never trained"):
         open_expert(tmp_path, tiny_bert())
+
+
+def test_target_sets_that_differ(tmp_path: Path) -> None:
+    """A union: a module that an expert does not adapt is unchanged by it. How much they share is reported."""
+    base, first = saved(tiny_bert, tmp_path / "a", LoraConfig(r=4, target_modules=QV))
+    _, second = saved(tiny_bert, tmp_path / "b", LoraConfig(r=2, target_modules=["query", "dense"]))
+    both = [tmp_path / "a", tmp_path / "b"]
+    made = merge_adapters(base, both, tmp_path / "out")
+    assert made.overlap[0][1] == pytest.approx(2 / 11)
+    merged = merge(base, [made.folder]).state_dict()
+    starts, *ends = (m.state_dict() for m in (base, *(merge(base, [f]) for f in both)))
+    for name, start in starts.items():
+        exact = start.double() + sum(end[name].double() - start.double() for end in ends)
+        torch.testing.assert_close(merged[name].double(), exact, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(logits(first), logits(second))
+
+
+def test_added_tokens(tmp_path: Path) -> None:
+    """By text, never by id: see test_tokens for all that can differ."""
+    tokens.saved(tiny_llama(), tmp_path / "base", tokens.numbered(tokens.TOKENS))
+    for name, added in (("law", "<law>"), ("code", "<code>")):
+        tokens.saved(tokens.fine_tuned(), tmp_path / name, tokens.numbered([*tokens.TOKENS, added]))
+    with pytest.raises(MismatchError, match="row 60 is '<law>'"):
+        open_experts([tmp_path / "law", tmp_path / "code"], tmp_path / "base")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -41,7 +41,7 @@ class MergedAdapter:
         kept: Base name to the share of ‖D‖² that its factors hold; only parameters that were compressed.
         energy: The same over all compressed parameters together; 1 if none was.
         overlap: Jaccard index of the adapted parameters, for each pair of experts: 1 where they adapt the same ones.
-        rounding: Largest ‖D − D̃‖ / ‖D‖ of a parameter from storing factors in a narrower dtype.
+        rounding: Largest ‖D − D̃‖ / ‖D‖ of a parameter from storing factors in a narrower dtype, estimated.
     """
 
     folder: Path
