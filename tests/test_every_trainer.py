@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mergeready import NormBudget, read_history
-from tests.loops import RUNS, make_world
+from tests.loops import RUNS, STEPS, batches, load, loader, make_world, optimizer_of
 
 OTHERS = [name for name in RUNS if name != "plain"]
 
@@ -42,6 +42,17 @@ def test_same_weights(world: Path, name: str) -> None:
     found, expected = torch.load(world / f"{name}.pt"), torch.load(world / "plain.pt")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_the_weights_are_those_of_a_run_that_nobody_watches(world: Path) -> None:
+    model = load(world)
+    optimizer = optimizer_of(model)
+    for _, batch in zip(range(STEPS), batches(loader()), strict=False):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = torch.load(world / "plain.pt")
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("name", OTHERS)

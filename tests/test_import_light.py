@@ -7,7 +7,9 @@ import sys
 
 HEAVY = ("transformers", "lightning", "peft", "accelerate", "datasets", "matplotlib", "jinja2", "typer")
 CODE = "import sys; import {}; print([name for name in {} if name in sys.modules])"
-ROOMS = "mergeready.weights, mergeready.experts, mergeready.metrics, mergeready.merging, mergeready.training.monitor"
+ROOMS = (
+    "mergeready.weights, mergeready.experts, mergeready.metrics, mergeready.merging, mergeready.training.loop"
+)
 
 
 def loaded(modules: str, heavy: tuple[str, ...]) -> str:

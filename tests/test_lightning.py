@@ -196,6 +196,20 @@ def test_resume_of_a_run_that_had_no_callback(world: Path, tmp_path: Path) -> No
     assert [record.step for record in callback.history.metrics] == [10, 12]
 
 
+def test_a_resumed_run_has_the_last_metric_before_its_first_probe(world: Path, tmp_path: Path) -> None:
+    """A checkpoint that monitors it would else be refused."""
+    first = MergeReadyCallback(**options(world, probe=ties(every=8)))
+    saved = ModelCheckpoint(tmp_path, "saved", every_n_train_steps=8)
+    lightning_trainer(tmp_path, first, saved, max_steps=8).fit(Lit(load(world)), loader())
+    second = MergeReadyCallback(**options(world, probe=ties(every=1000)))
+    checkpoint = ModelCheckpoint(tmp_path / "new", monitor=MERGED, mode="max", every_n_train_steps=1)
+    lightning_trainer(tmp_path, second, checkpoint, max_steps=10).fit(
+        Lit(load(world)), loader(), ckpt_path=tmp_path / "saved.ckpt"
+    )
+    assert [probe.step for probe in second.history.probes] == [8, 10]
+    assert checkpoint.best_model_score is not None
+
+
 def test_a_second_fit_goes_on_and_a_new_trainer_starts_anew(world: Path, tmp_path: Path) -> None:
     callback = MergeReadyCallback(**options(world, probe=None))
     module = Lit(load(world))

@@ -365,6 +365,61 @@ def test_changed_peers_on_resume_are_recorded(world: Path) -> None:
     assert {"peers", "methods"} <= set(resumed.changed)
 
 
+def test_two_callbacks_are_refused(world: Path) -> None:
+    """Both would keep their state under one key of the Trainer's, and write into one folder."""
+    trainer = make_trainer(world / "run", MergeReadyCallback(), MergeReadyCallback(), model=load(world))
+    with pytest.raises(OptionError, match="holds several MergeReadyCallbacks"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("restore", [False, True])
+def test_the_trainers_own_restoring_of_callbacks_does_not_matter(world: Path, restore: bool) -> None:
+    """With it, ExportableState would make a new object without peers; without it, restore nothing."""
+    first, _ = same_run(world, world / "run", steps=8)
+    first.train()
+    trainer, callback = same_run(world, world / "run", restore_callback_states_from_checkpoint=restore)
+    trainer.train(resume_from_checkpoint=str(world / "run" / "checkpoint-4"))
+    assert callback in trainer.callback_handler.callbacks
+    assert [probe.step for probe in callback.history.probes] == [1, 2, 3, 6, 9, 12]
+    assert len(callback.monitor.peers) == 2
+
+
+def test_a_model_that_is_made_inside_train_is_watched(world: Path) -> None:
+    """With model_init, what was there before train() is not what is trained."""
+    callback = MergeReadyCallback(measure=Schedule(every=4))
+    trainer = Trainer(
+        args=arguments(world / "run", max_steps=4),
+        model_init=lambda: load(world),
+        train_dataset=Tokens(),
+        callbacks=[callback],
+    )
+    trainer.train()
+    assert callback.monitor.live.model is trainer.model
+    assert callback.history.metrics[-1].norm > 0
+
+
+def test_the_best_model_is_loaded_before_training_ends_and_stays(world: Path) -> None:
+    """The Trainer loads it before on_train_end; finishing must neither measure nor change it."""
+    callback = MergeReadyCallback(peers=peers(world), probe=Probe(merge="ties", schedule=OFTEN))
+    trainer = make_trainer(
+        world / "run",
+        callback,
+        model=load(world),
+        learning_rate=3e-3,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=3,
+        save_steps=3,
+        load_best_model_at_end=True,
+        metric_for_best_model="mergeready/merged/ties",
+        greater_is_better=True,
+    )
+    trainer.train()
+    best = BertForSequenceClassification.from_pretrained(trainer.state.best_model_checkpoint)
+    assert equal(weights_of(best), weights_of(trainer.model))
+    assert callback.history[-1].step == 12
+
+
 def test_adding_the_callback_later(world: Path) -> None:
     callback = MergeReadyCallback(peers=peers(world), probe=Probe(schedule=OFTEN))
     trainer = make_trainer(world / "run", model=load(world))

@@ -135,7 +135,13 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         return trainer
 
     def _require_order(self, args: Any, trainer: Trainer) -> None:
-        for callback in trainer.callback_handler.callbacks:
+        callbacks = trainer.callback_handler.callbacks
+        if sum(isinstance(callback, MergeReadyCallback) for callback in callbacks) > 1:
+            raise OptionError(
+                "`callbacks` holds several MergeReadyCallbacks, which would overwrite each other's files. "
+                "One takes any number of peers and merge methods."
+            )
+        for callback in callbacks:
             if callback is self:
                 return
             if isinstance(callback, EarlyStoppingCallback) and _drives_best_model(args):
