@@ -19,6 +19,8 @@ ZERO = 1e-6
 Their singular vectors are arbitrary, so results must not depend on them.
 """
 
+_CANCELLED = 1e-12  # of the norms of what was added: rounding in float64
+
 
 @dataclass(frozen=True, kw_only=True)
 class SpectralMethod(MatrixMethod):
@@ -188,11 +190,14 @@ def polar(matrix: Tensor) -> Tensor:
 
 
 def total(changes: Iterable[Tensor]) -> Tensor:
-    """Their sum."""
-    first, *others = changes
-    for other in others:
-        first.add_(other)
-    return first
+    """Their sum; exactly zero where they cancel but for rounding, so that noise has no directions."""
+    size, result = 0.0, None
+    for change in changes:
+        size += float(change.norm())
+        result = change if result is None else result.add_(change)
+    if result is None:
+        raise ValueError("there is nothing to add")
+    return result.zero_() if float(result.norm()) <= _CANCELLED * size else result
 
 
 def _parts(delta: Delta) -> Sequence[Tensor]:
