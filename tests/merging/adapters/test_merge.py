@@ -110,10 +110,10 @@ def test_identity_one_hot_twins_order_and_negation(pair: Pair, tmp_path: Path) -
         ([pair.a, pair.a], [1.0, -1.0], logits(pair.base)),
     ]
     for index, (experts, weights, expected) in enumerate(cases):
-        for rank in ("exact", 64):
-            out = tmp_path / f"{index}-{rank}"
-            merge_adapters(pair.base, experts, out, weights=weights, rank=rank)
-            computes(loaded(pair.base, out), expected)
+        out = tmp_path / str(index)
+        rank = 64 if index % 2 else "exact"  # as exact, since no merge here has a rank of more
+        merge_adapters(pair.base, experts, out, weights=weights, rank=rank)
+        computes(merge(pair.base, [out]) if index else loaded(pair.base, out), expected)
 
 
 def test_a_merge_may_be_merged_again(plain: Pair, tmp_path: Path) -> None:
