@@ -31,7 +31,9 @@ class Wudi(SpectralMethod):
     through ``overrides``.
 
     Attributes:
-        ridge: ρ as a share of A's trace, T, in [0, 1]. At 0, the minimiser of least norm.
+        ridge: ρ as a share of A's trace, T, in [0, 1]. At 0, the minimiser of least norm, which also fits the noise in
+            directions that hardly any expert uses: the demo's four experts answer at chance then (0.04), with 1e-3
+            they reach 0.79, and summed 0.71 (validation accuracy at scale 1; 0.78 at the sum's best scale).
     """
 
     name: ClassVar[str] = "wudi"
