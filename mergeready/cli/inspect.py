@@ -42,6 +42,8 @@ def _print_inspection(screen: Console, expert: Expert, found: Inspection) -> Non
     facts.add_row("rank", f"at most {found.rank}; stable rank {found.stable_rank:.1f} on average")
     if expert.extra:
         facts.add_row("not in the base", escape(", ".join(expert.extra)))
+    for note in expert.notes:
+        facts.add_row("note", escape(note))
     screen.print(facts)
     for title, values in (("group", found.groups), ("layer", found.layers)):
         table = Table()

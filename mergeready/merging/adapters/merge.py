@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -42,6 +42,7 @@ class MergedAdapter:
         energy: The same over all compressed parameters together; 1 if none was.
         overlap: Jaccard index of the adapted parameters, for each pair of experts: 1 where they adapt the same ones.
         rounding: Largest ‖D − D̃‖ / ‖D‖ of a parameter from storing factors in a narrower dtype, estimated.
+        notes: What is to be known of the experts, each once, such as training on quantised weights.
     """
 
     folder: Path
@@ -51,6 +52,7 @@ class MergedAdapter:
     energy: float = 1.0
     overlap: Sequence[Sequence[float]] = ()
     rounding: float = 0.0
+    notes: tuple[str, ...] = ()
 
     def describe(self) -> dict[str, Any]:
         """The figures, JSON-ready."""
@@ -61,6 +63,7 @@ class MergedAdapter:
             "kept_energy_by_parameter": dict(self.kept),
             "target_overlap": [list(row) for row in self.overlap],
             "rounding": self.rounding,
+            "notes": list(self.notes),
         }
 
     def summary(self) -> list[str]:
@@ -85,7 +88,7 @@ class MergedAdapter:
             lines.append(
                 f"Storing in a narrower dtype changed the merged change by up to {self.rounding:.2%}."
             )
-        return lines
+        return [*lines, *(f"Note: {note}." for note in self.notes)]
 
 
 def merge_adapters(
@@ -154,6 +157,7 @@ def merge_adapters(
     opened = open_experts(experts, base, strict=strict)
     vectors = _adapters(opened)
     overlap = target_overlap(vectors)
+    notes = tuple(dict.fromkeys(note for expert in opened for note in expert.notes))
     if output_format == "full":
         if rank != "exact" or absent != "unchanged":
             raise OptionError("`rank` and `absent` belong to adapters; a folded model is exact already.")
@@ -170,7 +174,7 @@ def merge_adapters(
             overwrite=overwrite,
             **parameters,
         )
-        return MergedAdapter(folder, "full", overlap=overlap)
+        return MergedAdapter(folder, "full", overlap=overlap, notes=notes)
     require_apart(Path(output), [base.folder, *(expert.folder for expert in opened)])
     changes = merged_changes(base, vectors, settings, rank, absent)
     write = write_peft if output_format == "peft" else write_adapterhub
@@ -178,7 +182,7 @@ def merge_adapters(
     with new_folder(Path(output), overwrite=overwrite) as folder:
         tensors = write(folder, changes, base, _agreed(opened, output_format), out_dtype)
         _require_finite(tensors)
-        made = _report(Path(output), output_format, changes, overlap, out_dtype)
+        made = replace(_report(Path(output), output_format, changes, overlap, out_dtype), notes=notes)
         facts = settings.describe() | {"experts": len(opened), "absent": absent, "rank": rank}
         write_record(folder, base.identity, merge=facts | {"adapter": made.describe()})
     return made

@@ -260,6 +260,18 @@ def test_an_existing_output_is_refused_untouched(plain: Pair, tmp_path: Path) ->
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() != before
 
 
+def test_notes_of_experts_are_passed_on(tmp_path: Path) -> None:
+    base = tiny_llama()
+    model = "org/llama-4bit"
+    write_adapter(tmp_path / "a", random_adapter(base, ["q_proj"]), model=model)
+    made = merge_adapters(base, [tmp_path / "a", tmp_path / "a"], tmp_path / "out")
+    assert len(made.notes) == 1
+    assert f"quantised {model}" in " ".join(made.summary())
+    assert json.loads((made.folder / "mergeready.json").read_text())["merge"]["adapter"]["notes"] == [
+        *made.notes
+    ]
+
+
 def test_full_models_have_no_form_as_an_adapter(plain: Pair, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="live BertForSequenceClassification are no adapters"):
         merge_adapters(plain.base, [plain.a, perturb(tiny_bert(), 1)], tmp_path / "out")
