@@ -9,6 +9,7 @@ from typing import Any, Unpack
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from mergeready.errors import HistoryError, OptionError
@@ -100,8 +101,11 @@ class MergeReadyLoop(loop.MergeReadyLoop):
 
     def _load(self, models: list[nn.Module], input_dir: str) -> None:
         path = Path(input_dir) / STATE_NAME
-        if path.exists():
-            self.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
+        found = self.accelerator.is_main_process and path.exists()
+        # All processes take what the main one reads: it alone wrote the file, perhaps on another machine.
+        [text] = broadcast_object_list([path.read_text(encoding="utf-8") if found else None])
+        if text is not None:
+            self.load_state_dict(json.loads(text))
         else:
             self._loaded_without_state = path.parent
 
