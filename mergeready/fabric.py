@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from mergeready.training import loop
-from mergeready.training.options import MonitorOptions
+from mergeready.training.options import MonitorOptions, evaluating_inside
 
 
 class MergeReadyLoop(loop.MergeReadyLoop):
@@ -51,7 +51,7 @@ class MergeReadyLoop(loop.MergeReadyLoop):
     """
 
     def __init__(self, fabric: Fabric, folder: str | Path, **options: Unpack[MonitorOptions]) -> None:
-        super().__init__(folder, **options)
+        super().__init__(folder, **evaluating_inside(options, fabric.autocast))
         self.fabric = fabric
 
     def prepare(

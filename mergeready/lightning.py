@@ -15,7 +15,7 @@ from mergeready.fabric import log_images
 from mergeready.training.history import History
 from mergeready.training.images import run_images
 from mergeready.training.monitor import Monitor, Outcome
-from mergeready.training.options import MonitorOptions, with_defaults
+from mergeready.training.options import MonitorOptions, evaluating_inside, with_defaults
 from mergeready.training.save import save_expert
 from mergeready.training.scalars import PREFIX
 
@@ -76,7 +76,8 @@ class MergeReadyCallback(Callback):  # type: ignore[misc]  # lightning is not ty
         model = _model_of(pl_module, self._model)
         if self.monitor.started:  # a second fit
             self._state = self.monitor.state_dict()
-        self.monitor = Monitor(**self._options)
+        context = trainer.precision_plugin.forward_context
+        self.monitor = Monitor(**evaluating_inside(self._options, context))
         if trainer.global_step and self._state:
             self.monitor.load_state_dict(self._state)
         total = trainer.estimated_stepping_batches
@@ -132,16 +133,13 @@ class MergeReadyCallback(Callback):  # type: ignore[misc]  # lightning is not ty
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scalars.items()})
 
 
-def _model_of(module: LightningModule, attribute: str | None) -> nn.Module:
+def _model_of(module: nn.Module, attribute: str | None) -> nn.Module:
     if attribute is None:
         direct = next(module.parameters(recurse=False), None) is not None
         children: list[nn.Module] = [
             child for child in module.children() if next(child.parameters(), None) is not None
         ]
-        if len(children) == 1 and not direct:
-            return children[0]
-        whole: nn.Module = module
-        return whole
+        return children[0] if len(children) == 1 and not direct else module
     found = getattr(module, attribute, None)
     if not isinstance(found, nn.Module):
         names = [name for name, _ in module.named_children()]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
-from mergeready import NormBudget, read_history
+from mergeready import Decision, NormBudget, Peer, Probe, Schedule, read_history
+from tests import loops
 from tests.loops import RUNS, STEPS, batches, load, loader, make_world, optimizer_of
+from tests.trainers import Tokens
 
 OTHERS = [name for name in RUNS if name != "plain"]
 
@@ -53,6 +58,43 @@ def test_the_weights_are_those_of_a_run_that_nobody_watches(world: Path) -> None
         optimizer.zero_grad()
     expected = torch.load(world / "plain.pt")
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["lightning", "fabric", "accelerate"])
+def test_probes_are_evaluated_in_the_trainers_precision(
+    world: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the framework's own validation; while task vectors are measured in full precision."""
+    seen: dict[str, set[bool]] = {"evaluating": set(), "measuring": set()}
+    place, key = {
+        "lightning": (loops.pl, "precision"),
+        "fabric": (loops, "precision"),
+        "accelerate": (loops, "mixed_precision"),
+    }[name]
+    kind = {"lightning": "Trainer", "fabric": "Fabric", "accelerate": "Accelerator"}[name]
+    value = "bf16" if name == "accelerate" else "bf16-mixed"
+    monkeypatch.setattr(place, kind, functools.partial(getattr(place, kind), **{key: value}))
+
+    def evaluate(model: Any) -> dict[str, float]:
+        handle = model.bert.register_forward_hook(
+            lambda *_: seen["evaluating"].add(torch.is_autocast_enabled("cpu"))
+        )
+        value = -float(model(**Tokens(8)[range(8)]).loss)
+        handle.remove()
+        return {"score": value}
+
+    def look(*_: Any) -> Decision:
+        seen["measuring"].add(torch.is_autocast_enabled("cpu"))
+        return Decision(False, "")
+
+    probe = Probe(evaluate=evaluate, scales=(0.5,), max_evaluations=1, schedule=Schedule(every=6))
+    peers = [Peer(world / "peer-1", evaluate=evaluate)]
+    AcceleratorState._reset_state(reset_partial_state=True)  # a process has one, of one precision
+    try:
+        RUNS[name](world, tmp_path, peers=peers, probe=probe, stop=look)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert seen == {"evaluating": {True}, "measuring": {False}}
 
 
 @pytest.mark.parametrize("name", OTHERS)

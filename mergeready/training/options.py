@@ -1,10 +1,15 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, TypedDict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any, Literal, TypedDict
+
+from torch import nn
 
 from mergeready.experts.base import Base
 from mergeready.experts.open import ExpertLike
+from mergeready.merging.evaluation import Evaluate, Values
 from mergeready.training.peers import Peer
 from mergeready.training.picks import Picks
 from mergeready.training.policies import Policy
@@ -28,3 +33,32 @@ class MonitorOptions(TypedDict, total=False):
 def with_defaults(options: MonitorOptions) -> MonitorOptions:
     """The options of a shell, which keeps picks unless told otherwise."""
     return {"picks": Picks(), **options}
+
+
+def evaluating_inside(
+    options: MonitorOptions, context: Callable[[], AbstractContextManager[Any]]
+) -> MonitorOptions:
+    """The options with evaluations that run inside a context, such as a framework's mixed precision.
+
+    Probes are then evaluated as the framework itself validates; measurements stay in full precision.
+    """
+    changed: MonitorOptions = {**options}
+    probe, peers = options.get("probe"), options.get("peers", ())
+    if probe is not None and probe.evaluate is not None:
+        changed["probe"] = replace(probe, evaluate=_inside(probe.evaluate, context))
+    if isinstance(peers, list | tuple):  # anything else is the monitor's to refuse
+        changed["peers"] = [
+            replace(peer, evaluate=_inside(peer.evaluate, context))
+            if isinstance(peer, Peer) and peer.evaluate is not None
+            else peer
+            for peer in peers
+        ]
+    return changed
+
+
+def _inside(evaluate: Evaluate, context: Callable[[], AbstractContextManager[Any]]) -> Evaluate:
+    def evaluate_inside(model: nn.Module) -> Mapping[str, Values]:
+        with context():
+            return evaluate(model)
+
+    return evaluate_inside

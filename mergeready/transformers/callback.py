@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from mergeready.training.options import MonitorOptions, with_defaults
 from mergeready.training.save import save_expert
 from mergeready.training.scalars import PREFIX
 from mergeready.transformers.evaluation import evaluate_with
+from mergeready.transformers.find import calling_trainer
 from mergeready.transformers.images import log_images
 
 FOLDER_NAME = "mergeready"
@@ -130,7 +130,7 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
     def _find_trainer(self) -> Trainer:
         trainer = self._trainer() if self._trainer is not None else None
         if trainer is None:
-            trainer = _calling_trainer(self)
+            trainer = calling_trainer(self)
             self._trainer = weakref.ref(trainer)
         return trainer
 
@@ -158,18 +158,3 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
 
 def _drives_best_model(args: Any) -> bool:
     return (args.metric_for_best_model or "").removeprefix("eval_").startswith(PREFIX)
-
-
-def _calling_trainer(callback: TrainerCallback) -> Trainer:
-    """The Trainer whose event is being handled.
-
-    Trainer hands its callbacks everything but itself, while logging and evaluation need it. It is a few frames
-    up the stack, since an event is a plain chain of method calls.
-    """
-    frame = sys._getframe(1)
-    while frame is not None:
-        candidate = frame.f_locals.get("self")
-        if isinstance(candidate, Trainer) and callback in candidate.callback_handler.callbacks:
-            return candidate
-        frame = frame.f_back  # type: ignore[assignment]
-    raise OptionError("the Trainer of this callback cannot be found; call `callback.attach(trainer)`.")
