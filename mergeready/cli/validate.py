@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -40,12 +39,19 @@ def validate(
     ] = "error",
     thresholds: Annotated[Path | None, typer.Option(help="YAML file with thresholds of your own.")] = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Also write the report as JSON.")
+        Path | None, typer.Option("-o", "--output", help="Also write the report: .json, or .html for a page.")
     ] = None,
+    history: Annotated[
+        Path | None, typer.Option(help="history.jsonl of its training run, for the page's curves.")
+    ] = None,
+    card: Annotated[bool, typer.Option(help="Also write our section into the expert's README.md.")] = False,
 ) -> None:
     """Check an expert before it is shared. Exit code 0: nothing failed; 1: something did; 2: it could not run."""
+    from mergeready.training.history import read_history
     from mergeready.validation import validate as run_checks
+    from mergeready.validation.card import write_card
     from mergeready.validation.evaluation import load_evaluation
+    from mergeready.validation.page import write_page
     from mergeready.weights.atomic import new_file
 
     try:
@@ -53,9 +59,13 @@ def validate(
         report = run_checks(
             expert, base, peers=peers or (), evaluation=looked_at, level=level, thresholds=thresholds
         )
-        if output is not None:
+        if output is not None and output.suffix == ".html":
+            write_page(output, report, None if history is None else read_history(history))
+        elif output is not None:
             with new_file(output) as temporary:
                 temporary.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+        if card:
+            write_card(expert, report, base=base)
     except (MergeReadyError, OSError) as error:
         Console(stderr=True).print(
             f"[bold red]could not run:[/] {escape(str(error))}", highlight=False, soft_wrap=True
@@ -84,14 +94,4 @@ def _print_report(screen: Console, report: Report) -> None:
 
 def _summary(report: Report) -> str:
     counts = {status: sum(v.status == status for v in report.verdicts) for status in _COLOURS}
-    text = ", ".join(f"{count} {status}" for status, count in counts.items())
-    unchecked = _unchecked(report)
-    if unchecked:
-        return f"{text}. Not a verdict on merging: nothing was checked on the level of {' and '.join(unchecked)}."
-    return f"{text}. {'Merge-ready.' if report.is_merge_ready else 'Not merge-ready.'}"
-
-
-def _unchecked(report: Report) -> Sequence[str]:
-    from mergeready.validation.check import LEVELS
-
-    return [level for level in LEVELS if level not in report.levels_checked]
+    return f"{', '.join(f'{count} {status}' for status, count in counts.items())}. {report.headline}"

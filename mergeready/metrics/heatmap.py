@@ -11,19 +11,24 @@ def draw_heatmaps(comparison: Pairs, path: Path) -> None:
     """Draw cosine, sign conflict and norm ratio of every pair side by side; the file's suffix is the format."""
     from matplotlib.figure import Figure
 
+    figure = Figure(layout="constrained")
+    draw_pairs(figure, comparison)
+    figure.savefig(path, dpi=150)
+
+
+def draw_pairs(figure: Any, comparison: Pairs) -> None:
+    """Fill a Matplotlib figure with the three heatmaps; it grows with the number of experts."""
     labels = short_labels(comparison.labels)
-    count = len(labels)
     ratios = [
         [max(a, b) / min(a, b) if min(a, b) else float("inf") for b in comparison.norms]
         for a in comparison.norms
     ]
-    size = 2.4 + 0.55 * count
-    figure = Figure(figsize=(3 * size, size + 0.6), layout="constrained")
+    size = 2.4 + 0.55 * len(labels)
+    figure.set_size_inches(3 * size, size + 0.6)
     panels: Any = figure.subplots(1, 3)
     _panel(panels[0], comparison.cosine, labels, "cosine", "RdBu_r", (-1.0, 1.0))
     _panel(panels[1], comparison.sign_conflict, labels, "sign conflict (0.5 by chance)", "RdBu_r", (0.0, 1.0))
     _panel(panels[2], ratios, labels, "norm ratio", "Purples", (1.0, max(5.0, *(max(row) for row in ratios))))
-    figure.savefig(path, dpi=150)
 
 
 def short_labels(labels: Sequence[str]) -> list[str]:

@@ -26,6 +26,7 @@ LINE = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
     "error",
     "its folded weights compute what the expert computes",
     fix="Do not share it: what others will merge is not what was trained. Report the adapter's configuration.",
+    cost="passes",
 )
 def folded_equals_unfolded(subject: Subject, limits: Limits) -> Result:
     """Largest difference of logits on neutral inputs, relative to their spread."""
@@ -49,6 +50,7 @@ def folded_equals_unfolded(subject: Subject, limits: Limits) -> Result:
     "warning",
     "it is better than its base on its own task",
     fix="Train longer, or look for what went wrong: there is nothing to share that the base does not do.",
+    cost="passes",
 )
 def better_than_base(subject: Subject, limits: Limits) -> Result:
     """The 95 % interval of expert − base excludes zero, where examples are known; else the values alone."""
@@ -70,6 +72,7 @@ def better_than_base(subject: Subject, limits: Limits) -> Result:
     "info",
     "it answers as its base does on neutral inputs",
     fix="Nothing needs to be done if that is intended; merged models inherit part of it.",
+    cost="passes",
 )
 def forgets_little(subject: Subject, limits: Limits) -> Result:
     """Mean KL(base ‖ expert) of the outputs on neutral inputs, in nats."""
@@ -92,6 +95,7 @@ def forgets_little(subject: Subject, limits: Limits) -> Result:
     "info",
     "its task improves steadily on the way from base to expert",
     fix="Merges scale task vectors down: an expert that is good only at full scale will merge badly. Train shorter.",
+    cost="passes",
 )
 def improves_steadily(subject: Subject, limits: Limits) -> Result:
     """The metric at 0 to 1.25 times τ; the largest fall below the straight line, as a share of the whole gain."""

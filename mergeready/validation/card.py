@@ -10,7 +10,7 @@ from typing import Any
 from mergeready.errors import MergeReadyError, OptionError
 from mergeready.experts.base import Base
 from mergeready.experts.record import read_record
-from mergeready.validation.check import LEVELS, Status, Verdict
+from mergeready.validation.check import Status, Verdict
 from mergeready.validation.report import SCHEMA, Report
 from mergeready.weights.model_card import split_card, update_card
 from mergeready.weights.open import WeightsLike
@@ -67,7 +67,7 @@ def write_card(
 
 def section(report: Report) -> str:
     """What people read: verdicts by level, figures, and what was not checked."""
-    lines = ["## Composability", "", _headline(report), ""]
+    lines = ["## Composability", "", report.headline, ""]
     lines += ["| | check | found |", "|---|---|---|"]
     for verdict in report.verdicts:
         if verdict.status != "not checked":
@@ -83,13 +83,6 @@ def section(report: Report) -> str:
         f"Checked by [mergeready](https://pypi.org/project/mergeready/) {versions.get('mergeready', '')}.".strip(),
     ]
     return "\n".join(lines)
-
-
-def _headline(report: Report) -> str:
-    unchecked = [level for level in LEVELS if level not in report.levels_checked]
-    if unchecked:
-        return f"Not a verdict on merging: nothing was checked on the level of {' and '.join(unchecked)}."
-    return "Merge-ready: every level was checked." if report.is_merge_ready else "Not merge-ready; see below."
 
 
 def _block(folder: Path, report: Report, base: WeightsLike | Base | None) -> dict[str, Any]:

@@ -55,9 +55,9 @@ def nothing_private(subject: Subject, limits: Limits) -> Result:
     "file",
     "warning",
     "its model card names base and licence",
-    fix="Write README.md with `base_model:` and `license:` at its top, or let `mergeready card` do it.",
+    fix="Write README.md with `base_model:` and `license:` at its top; `mergeready validate --card` adds the rest.",
 )
-def card(subject: Subject, limits: Limits) -> Result:
+def names_base_and_licence(subject: Subject, limits: Limits) -> Result:
     """The hub links experts to bases by these fields."""
     fields = card_fields(subject.card)
     if fields is None:
@@ -73,7 +73,7 @@ def card(subject: Subject, limits: Limits) -> Result:
     "file",
     "info",
     "how it was made is recorded",
-    fix="Train with a mergeready callback, or write the record with `mergeready fingerprint`.",
+    fix="Train with a mergeready callback: it writes mergeready.json beside every pick.",
 )
 def provenance(subject: Subject, limits: Limits) -> Result:
     """``mergeready.json`` beside the weights says which base an expert is relative to."""

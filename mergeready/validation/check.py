@@ -13,7 +13,11 @@ Level: TypeAlias = Literal["file", "base", "behaviour", "composition"]
 Severity: TypeAlias = Literal["error", "warning", "info"]
 Status: TypeAlias = Literal["passed", "failed", "not checked"]
 
+Cost: TypeAlias = Literal["headers", "values", "passes"]
+"""What a check reads: names and shapes, every value of a file, or a model's answers."""
+
 LEVELS: tuple[Level, ...] = ("file", "base", "behaviour", "composition")
+_COSTS: tuple[Cost, ...] = ("headers", "values", "passes")
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
 
 Limits: TypeAlias = Mapping[str, float]
@@ -54,6 +58,7 @@ class Check:
         title: What holds when it passes.
         fix: What to do when it does not.
         run: Looks at the subject with the check's own thresholds.
+        cost: What it reads.
     """
 
     id: str
@@ -62,6 +67,12 @@ class Check:
     title: str
     fix: str
     run: Callable[[Subject, Limits], Result]
+    cost: Cost = "headers"
+
+    @property
+    def order(self) -> tuple[int, int, str]:
+        """By level, within one from cheap to dear, then by id."""
+        return LEVELS.index(self.level), _COSTS.index(self.cost), self.id
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,14 +106,15 @@ def check(
     title: str,
     *,
     fix: str,
+    cost: Cost = "headers",
 ) -> Callable[[Callable[[Subject, Limits], Result]], Callable[[Subject, Limits], Result]]:
     """Register a function as a check. Use as a decorator."""
 
     def register(run: Callable[[Subject, Limits], Result]) -> Callable[[Subject, Limits], Result]:
         if any(known.id == id for known in CHECKS):
             raise ValueError(f"two checks are called {id}.")
-        CHECKS.append(Check(id=id, level=level, severity=severity, title=title, fix=fix, run=run))
-        CHECKS.sort(key=lambda c: LEVELS.index(c.level))
+        CHECKS.append(Check(id=id, level=level, severity=severity, title=title, fix=fix, run=run, cost=cost))
+        CHECKS.sort(key=lambda known: known.order)
         return run
 
     return register

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mergeready.errors import MergeReadyError, listing
-from mergeready.experts.fingerprint import Fingerprint, is_fingerprint
+from mergeready.errors import listing
+from mergeready.experts.fingerprint import is_fingerprint
 from mergeready.experts.open import open_expert
 from mergeready.experts.task_vector import TaskVector
 from mergeready.merging.evaluation import run_evaluation
 from mergeready.merging.in_place import MergedInPlace
 from mergeready.merging.tune import FIRST_SCALES, MAX_EVALUATIONS, TunedScale, tune_scale
-from mergeready.metrics.estimates import compare_fingerprints
-from mergeready.metrics.take_fingerprint import take_fingerprint
 from mergeready.training.surrogates import Surrogates, synthetic_peers
 from mergeready.validation.check import Limits, NotCheckedError, Result, check, failed, passed
 from mergeready.validation.evaluation import OWN
@@ -28,16 +26,11 @@ METHODS = ("task_arithmetic", "ties")
     "info",
     "its signs and direction do not oppose those of its peers",
     fix="Nothing needs to be done: cosines and signs predict merged quality badly. Merge and evaluate to know.",
+    cost="values",
 )
 def interference(subject: Subject, limits: Limits) -> Result:
     """Cosine and sign conflict with each peer, from fingerprints; a diagnostic."""
-    if not subject.given_peers:
-        raise NotCheckedError("no peers were given")
-    prints = [
-        take_fingerprint(subject.expert.vector, subject.base, subspaces=False),
-        *(_fingerprint(subject, peer) for peer in subject.given_peers),
-    ]
-    found = compare_fingerprints(prints)
+    found = subject.pairs
     pairs = zip(found.labels[1:], found.cosine[0][1:], found.sign_conflict[0][1:], strict=True)
     rows = [(label, cosine, conflict) for label, cosine, conflict in pairs]
     shown = listing([f"{label}: cosine {c:.2f}, sign conflict {s:.2f}" for label, c, s in rows])
@@ -54,6 +47,7 @@ def interference(subject: Subject, limits: Limits) -> Result:
     "error",
     "merged with its peers, it keeps what it gained",
     fix="Merge an earlier checkpoint, try another merge method, or train with a probe that watches the merged metric.",
+    cost="passes",
 )
 def retention(subject: Subject, limits: Limits) -> Result:
     """Retention of the own task, (merged − base) / (expert − base), by the better of two merge methods.
@@ -84,6 +78,7 @@ def retention(subject: Subject, limits: Limits) -> Result:
     "info",
     "its merge is good over a wide range of scales",
     fix="Tell others which scale to use: at the usual ones this merge loses much.",
+    cost="passes",
 )
 def scale_range(subject: Subject, limits: Limits) -> Result:
     """Ratio of the largest to the smallest scale that keeps 90 % of the best merged gain, by task arithmetic."""
@@ -107,6 +102,7 @@ def scale_range(subject: Subject, limits: Limits) -> Result:
     "info",
     "a bad expert in the merge does not ruin it",
     fix="Merge with a method that elects signs or trims, and know your peers.",
+    cost="passes",
 )
 def bad_expert(subject: Subject, limits: Limits) -> Result:
     """Retention of the own task by TIES when one more expert is noise of the same norm, at the scale that was best."""
@@ -167,15 +163,3 @@ def _others(subject: Subject) -> tuple[list[TaskVector], str]:
     if opened:
         return opened, "peers"
     return synthetic_peers(subject.expert.vector, Surrogates()), "surrogates"
-
-
-def _fingerprint(subject: Subject, peer: object) -> Fingerprint:
-    if is_fingerprint(peer):
-        made = Fingerprint.load(peer)  # type: ignore[arg-type]  # a path, as it ends like one
-        subject.base.identity.require_same(made.base, made.label, made.shapes)
-        return made
-    try:
-        opened = open_expert(peer, subject.base, strict=False)  # type: ignore[arg-type]
-    except MergeReadyError as error:
-        raise NotCheckedError(f"a peer cannot be opened: {error}") from error
-    return take_fingerprint(opened.vector, subject.base, subspaces=False)

@@ -25,6 +25,7 @@ _FEWEST = 8
     "error",
     "it differs from its base",
     fix="The expert is its base: check that the trained weights were saved.",
+    cost="values",
 )
 def differs(subject: Subject, limits: Limits) -> Result:
     """‖τ‖ > 0, and finite."""
@@ -44,6 +45,7 @@ def differs(subject: Subject, limits: Limits) -> Result:
     "warning",
     "no matrix moved far more than the others",
     fix="Look at the named matrices: a learning rate too high or a layer of its own; shorten or clip their training.",
+    cost="values",
 )
 def drift(subject: Subject, limits: Limits) -> Result:
     """‖τ‖ / ‖θ₀‖ in all, and by matrix as robust z-scores (median and MAD) of its logarithm."""
@@ -76,6 +78,7 @@ def drift(subject: Subject, limits: Limits) -> Result:
     "warning",
     "its stored dtype is fine enough for its change",
     fix="Save it in float32, or as an adapter: rounding to 16 bits has eaten part of what was learned.",
+    cost="values",
 )
 def resolution(subject: Subject, limits: Limits) -> Result:
     """Share of ‖τ‖ that one rounding to the stored dtype loses, estimated as half a unit in the last place a value.
@@ -112,6 +115,7 @@ def resolution(subject: Subject, limits: Limits) -> Result:
     "info",
     "its change is spread over its parameters",
     fix="Nothing needs to be done; sharing an adapter or the changed tensors alone would be smaller.",
+    cost="values",
 )
 def spread(subject: Subject, limits: Limits) -> Result:
     """Sparsity, mass of the largest entries and rank: what trimming and dropping methods will find."""

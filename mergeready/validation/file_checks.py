@@ -113,6 +113,7 @@ def factors_pair(subject: Subject, limits: Limits) -> Result:
     "error",
     "all values are finite",
     fix="Training diverged or the file is damaged: use an earlier checkpoint, or download it again.",
+    cost="values",
 )
 def finite(subject: Subject, limits: Limits) -> Result:
     """Reads every value once, a megabyte at a time."""
@@ -129,6 +130,7 @@ def finite(subject: Subject, limits: Limits) -> Result:
     "error",
     "it was trained: its factors make a change",
     fix="The adapter changes nothing: check that its parameters were in the optimizer and that they were saved.",
+    cost="values",
 )
 def trained(subject: Subject, limits: Limits) -> Result:
     """‖B A‖ = 0 by r × r products; some initialisations start with A = 0, so B alone does not tell."""

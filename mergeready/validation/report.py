@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from mergeready.metrics.estimates import EstimatedComparison
 from mergeready.validation.check import LEVELS, SEVERITIES, Level, Severity, Verdict
 
 SCHEMA = 1
@@ -20,12 +21,14 @@ class Report:
         level: The deepest level that was asked for.
         verdicts: One a check, in the order in which they ran.
         facts: Format, base, versions and whatever else a reader needs to repeat it.
+        pairs: The expert beside its peers, where there are any.
     """
 
     expert: str
     level: Level
     verdicts: Sequence[Verdict]
     facts: Mapping[str, Any] = field(default_factory=dict)
+    pairs: EstimatedComparison | None = None
 
     def failures(self, fail_on: Severity = "error") -> list[Verdict]:
         """Failed checks of at least this severity."""
@@ -50,6 +53,14 @@ class Report:
         """Whether every level was checked and no error was found. *Not checked* is not passed."""
         return list(LEVELS) == self.levels_checked and not self.failures("error")
 
+    @property
+    def headline(self) -> str:
+        """The whole report in one sentence, which claims nothing that was not checked."""
+        unchecked = [level for level in LEVELS if level not in self.levels_checked]
+        if unchecked:
+            return f"Not a verdict on merging: nothing was checked on the level of {' and '.join(unchecked)}."
+        return "Merge-ready: every level was checked." if self.is_merge_ready else "Not merge-ready."
+
     def to_json(self) -> dict[str, Any]:
         """JSON-ready."""
         return {
@@ -60,4 +71,5 @@ class Report:
             "levels_checked": self.levels_checked,
             "verdicts": [verdict.to_json() for verdict in self.verdicts],
             "facts": dict(self.facts),
+            "pairs": None if self.pairs is None else asdict(self.pairs),
         }

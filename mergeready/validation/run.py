@@ -8,6 +8,7 @@ from typing import Any
 from mergeready.errors import MergeReadyError, OptionError
 from mergeready.experts.base import Base
 from mergeready.experts.open import ExpertLike
+from mergeready.metrics.estimates import EstimatedComparison
 from mergeready.validation.check import CHECKS, LEVELS, Check, Level, Limits, NotCheckedError, Verdict
 from mergeready.validation.evaluation import Evaluation
 from mergeready.validation.report import Report
@@ -53,7 +54,13 @@ def validate(
     subject = Subject(expert, base, peers, evaluation=evaluation, revision=revision)
     wanted = LEVELS[: LEVELS.index(level) + 1]
     verdicts = [run_check(c, subject, limits.get(c.id, {})) for c in CHECKS if c.level in wanted]
-    return Report(expert=str(expert), level=level, verdicts=verdicts, facts=_facts(subject))
+    return Report(
+        expert=str(expert),
+        level=level,
+        verdicts=verdicts,
+        facts=_facts(subject),
+        pairs=_pairs(subject, level),
+    )
 
 
 def run_check(chosen: Check, subject: Subject, limits: Limits) -> Verdict:
@@ -79,6 +86,15 @@ def run_check(chosen: Check, subject: Subject, limits: Limits) -> Verdict:
         threshold=found.threshold,
         where=found.where,
     )
+
+
+def _pairs(subject: Subject, level: Level) -> EstimatedComparison | None:
+    if level != LEVELS[-1]:
+        return None
+    try:
+        return subject.pairs
+    except (MergeReadyError, NotCheckedError):
+        return None  # C401 says why
 
 
 def _facts(subject: Subject) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from mergeready.experts.adapter_folder import (
     read_adapter_config,
 )
 from mergeready.experts.base import Base
+from mergeready.experts.fingerprint import Fingerprint, is_fingerprint
 from mergeready.experts.open import Expert, ExpertLike, open_expert
 from mergeready.experts.peft_config import CONFIG_NAME
 from mergeready.experts.task_vector import squared_norms
@@ -31,6 +32,8 @@ from mergeready.merging.evaluation import (
 )
 from mergeready.merging.in_place import MergedInPlace
 from mergeready.merging.tune import TunedScale
+from mergeready.metrics.estimates import EstimatedComparison, compare_fingerprints
+from mergeready.metrics.take_fingerprint import take_fingerprint
 from mergeready.validation.check import NotCheckedError
 from mergeready.validation.evaluation import OWN, Evaluation
 from mergeready.weights.open import WeightsLike, open_weights, resolve_folder
@@ -149,6 +152,22 @@ class Subject:
     def squares(self) -> Mapping[str, float]:
         """‖τ‖² by base parameter name."""
         return squared_norms(self.expert.vector)
+
+    @once
+    def pairs(self) -> EstimatedComparison:
+        """The expert, first, beside its peers, from fingerprints of all of them."""
+        if not self.given_peers:
+            raise NotCheckedError("no peers were given")
+        own = take_fingerprint(self.expert.vector, self.base, subspaces=False)
+        return compare_fingerprints([own, *(self._fingerprint(peer) for peer in self.given_peers)])
+
+    def _fingerprint(self, peer: ExpertLike) -> Fingerprint:
+        if isinstance(peer, str | Path) and is_fingerprint(peer):
+            made = Fingerprint.load(peer)
+            self.base.identity.require_same(made.base, made.label, made.shapes)
+            return made
+        opened = open_expert(peer, self.base, strict=False)
+        return take_fingerprint(opened.vector, self.base, subspaces=False)
 
     @property
     def evaluation(self) -> Evaluation:
