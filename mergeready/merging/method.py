@@ -77,8 +77,8 @@ class ElementwiseMethod(MergeMethod):
     """
 
     def scratch_bytes(self, info: TensorInfo, experts: int) -> int:
-        # A delta and what is read for it, of every expert; base, sum, result and what the method makes meanwhile.
-        return min(info.numel, CHUNK_ELEMENTS) * 4 * (2 * experts + 10)
+        # Deltas of this piece and of the one before, base, sums, result; and as much again that the allocator keeps.
+        return min(info.numel, CHUNK_ELEMENTS) * 4 * (4 * experts + 18)
 
     def prepare(self, vector: TaskVector, name: str, slot: int) -> Any:
         """What ``combine`` needs to know about one expert's whole delta, such as a threshold.
