@@ -5,13 +5,14 @@ from pathlib import Path
 
 from torch import nn
 
-from mergeready.errors import FormatError, HistoryError, MergeReadyError
+from mergeready.errors import FormatError, HistoryError, MergeReadyError, OptionError
 from mergeready.experts.base import Base
 from mergeready.experts.kinship import require_frozen_equal
 from mergeready.experts.live import is_peft
 from mergeready.experts.open import pair_with_base
 from mergeready.weights.module import ModuleSource, unwrap
 from mergeready.weights.open import WeightsLike
+from mergeready.weights.ranks import Ranks
 from mergeready.weights.source import WeightSource, chunk_ranges
 from mergeready.weights.writer import FolderWriter
 
@@ -21,7 +22,13 @@ SNAPSHOT_NAME = "base"
 
 
 def base_of_run(
-    model: nn.Module, base: WeightsLike | Base | None, folder: Path, *, step: int, recorded: str | None
+    model: nn.Module,
+    base: WeightsLike | Base | None,
+    folder: Path,
+    *,
+    step: int,
+    recorded: str | None,
+    ranks: Ranks | None = None,
 ) -> Base | None:
     """The base of a run: as given, else found out where that is certain.
 
@@ -35,28 +42,40 @@ def base_of_run(
         folder: The monitor's folder.
         step: Optimizer steps taken already.
         recorded: Fingerprint of the base in the run's history, if it has one.
+        ranks: The run's ranks, which all call this; the first one writes.
 
     Returns:
         The base; None for a PEFT model without a given base.
 
     Raises:
         HistoryError: If a resumed run's base cannot be found.
+        OptionError: If the model is sharded and does not equal the folder it was loaded from.
     """
+    ranks = ranks or Ranks.alone()
     if base is not None:
-        return Base.open(base)
+        with ranks.together():
+            return Base.open(base)
     if is_peft(unwrap(model)):
         return None
     source = ModuleSource(model)
     snapshot, origin = folder / SNAPSHOT_NAME, _origin(model)
     if step > 0:
-        return _find_again([path for path in (snapshot, origin) if path is not None], recorded)
+        with ranks.together():
+            return _find_again([path for path in (snapshot, origin) if path is not None], recorded)
     if origin is not None:
-        found = _if_equal(origin, source)
+        with source.gathering():
+            found = _if_equal(origin, source)
         if found is not None:
             return found
+    if source.is_sharded:
+        raise OptionError(
+            "the model is sharded and does not equal a folder that it was loaded from, so its first weights cannot be "
+            "its base. Pass `base`: the folder or hub id of the pretrained model."
+        )
     logger.info("writing the base of this run to %s, since none was given", snapshot)
-    _write_snapshot(source, snapshot)
-    return Base.open(snapshot)
+    ranks.on_first(lambda: _write_snapshot(source, snapshot))
+    with ranks.together():
+        return Base.open(snapshot)
 
 
 def _find_again(candidates: list[Path], recorded: str | None) -> Base:

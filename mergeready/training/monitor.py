@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import distributed, nn
+from torch import nn
 
-from mergeready.errors import HistoryError, MergeReadyError, OptionError, UnsupportedError
+from mergeready.errors import HistoryError, MergeReadyError, OptionError
 from mergeready.experts.base import Base
 from mergeready.experts.live import LiveExpert
 from mergeready.experts.open import ExpertLike
 from mergeready.merging.evaluation import Evaluate, Score
+from mergeready.training.agreement import agreed
 from mergeready.training.base_of_run import base_of_run
 from mergeready.training.history import History, HistoryFile
 from mergeready.training.measure import measure
@@ -28,6 +29,8 @@ from mergeready.training.scalars import scalars
 from mergeready.training.schedule import Pacer, Schedule
 from mergeready.weights.atomic import new_file
 from mergeready.weights.open import WeightsLike
+from mergeready.weights.ranks import Ranks
+from mergeready.weights.shards import require_readable
 
 logger = logging.getLogger("mergeready")
 
@@ -48,6 +51,10 @@ class Monitor:
 
     A shell makes one, calls :meth:`start` when model and optimizer are ready, then :meth:`on_step` after every
     optimizer step, :meth:`on_save` after the framework saved a checkpoint, and :meth:`finish` at the end.
+
+    In a run of several processes every rank makes the same calls. All see the same history and decide alike; the first
+    one writes files. Evaluations run on every rank and have to return the same there; see
+    :func:`~mergeready.training.agreement.agreed`.
 
     Args:
         base: The weights that training started from. None where that can be found out; see ``base_of_run``.
@@ -106,26 +113,24 @@ class Monitor:
 
         Raises:
             MergeReadyError: If base, peers or evaluations are not usable. Nothing was changed.
-            UnsupportedError: If the run has several processes.
+            UnsupportedError: If the model is sharded in a way that cannot be read, as by FSDP1 and ZeRO-3.
         """
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-            raise UnsupportedError("runs over several processes are not supported yet.")
+        require_readable(model)
+        self.ranks = Ranks.world()
         self.folder = Path(folder)
-        known = self._restored.start if self._restored is not None else None
-        base = base_of_run(model, self.base, self.folder, step=step, recorded=known.base if known else None)
-        self.live = LiveExpert(model, base)
-        self.peers: list[OpenPeer] = open_peers(self._given_peers, self.live.base)
-        require_reachable(self.peers, list(self.live.targets))
+        self._bind(model, step)
         before = time.perf_counter()
         self._prober = self._make_prober(evaluate, metric)
-        self._reference_seconds = time.perf_counter() - before
+        self._reference_seconds = self._since(before)
         self._measuring = Pacer(self._measure_schedule, total_steps, step)
         self._probing = self._make_probe_pacer(total_steps, step)
         self._store = None
         if self.picks is not None and self._prober is not None:
             if save is None:
                 raise OptionError("`picks` needs a way to save the model.")
-            self._store = PickStore(self.folder / "picks", self.picks, save, self.live.base.identity)
+            self._store = PickStore(
+                self.folder / "picks", self.picks, save, self.live.base.identity, self.ranks
+            )
         self._open_history(step)
         # Training time begins here; the references count as spent, and what is spent is taken off again.
         self._began = time.perf_counter() - self._reference_seconds
@@ -142,12 +147,15 @@ class Monitor:
         """
         if self._saving:
             self.on_save()
-        seconds = self._train_seconds()
+        pacers = [pacer for pacer in (self._measuring, self._probing) if pacer is not None]
+        if not any(pacer.on_schedule(step) for pacer in pacers):
+            return Outcome()
+        seconds = self.ranks.same(self._train_seconds())
         records: list[Record] = []
         if self._measuring.due(step, seconds):
             began = time.perf_counter()
             records.append(measure(self.live, self.peers, step, self.history))
-            self._measuring.took(time.perf_counter() - began)
+            self._measuring.took(self._since(began))
         if self._probing is not None and self._probing.due(step, seconds):
             records.append(self._run_probe(step))
         return self._note(step, records)
@@ -184,6 +192,9 @@ class Monitor:
     def finish(self) -> dict[str, Any]:
         """At the end: remove what is not picked, write ``summary.json`` and return its content."""
         self.on_save()
+        return self.ranks.on_first(self._write_summary)
+
+    def _write_summary(self) -> dict[str, Any]:
         selected = self._store.selected(self.history) if self._store and self.history.probes else {}
         summary = {
             "picks": selected,
@@ -221,6 +232,25 @@ class Monitor:
             raise HistoryError("the saved monitor state holds no history.")
         self._restored = History.from_json(records)
 
+    def _bind(self, model: nn.Module, step: int) -> None:
+        """Open base and peers, on every rank alike."""
+        restored = self.ranks.same(None if self._restored is None else self._restored.to_json())
+        self._restored = None if restored is None else History.from_json(restored)
+        known = self._restored.start if self._restored is not None else None
+        recorded = known.base if known else None
+        base = base_of_run(model, self.base, self.folder, step=step, recorded=recorded, ranks=self.ranks)
+        self.live = LiveExpert(model, base, self.ranks)
+        with self.live.base_readable(), self.ranks.together():
+            self.peers: list[OpenPeer] = open_peers(self._given_peers, self.live.base)
+            require_reachable(self.peers, list(self.live.targets))
+        for peer in self.peers:
+            if peer.evaluate is not None:
+                peer.evaluate = agreed(peer.evaluate, self.ranks)
+
+    def _since(self, began: float) -> float:
+        """Seconds since then, by the first rank's clock: the schedule has to go on alike on all."""
+        return self.ranks.same(time.perf_counter() - began)
+
     def _make_prober(self, evaluate: Evaluate | None, metric: str | None) -> Prober | None:
         if self.probe is None:
             return None
@@ -228,6 +258,7 @@ class Monitor:
         if function is None:
             raise OptionError("the probe needs `evaluate`: a function from a model to metrics by name.")
         wanted = self.probe.metric or (metric if self.probe.evaluate is None else None)
+        function = agreed(function, self.ranks)
         references, name = measure_references(self.live, self.peers, function, wanted)
         return Prober(self.probe, self.live, self.peers, function, name, references)
 
@@ -235,11 +266,17 @@ class Monitor:
         records = [] if self._restored is None else list(self._restored)
         if any(record.step > step for record in records):
             raise HistoryError(f"the saved history goes beyond step {step}, where the run resumes.")
-        self.history = HistoryFile(self.folder / "history.jsonl", records)
+        with self.ranks.together():
+            # The first rank writes what all know.
+            self.history = (
+                HistoryFile(self.folder / "history.jsonl", records)
+                if self.ranks.is_first
+                else History(records)
+            )
         start = self._start_record(step)
         earlier = self.history.start
         if earlier is None:
-            self.history.append(start)
+            self._append(start)
         else:
             changed = [
                 key for key in vars(start) if key != "step" and getattr(start, key) != getattr(earlier, key)
@@ -247,8 +284,7 @@ class Monitor:
             if "base" in changed:
                 raise HistoryError("the run was started from another base than the one given now.")
             if changed:
-                self.history.append(ResumeRecord(step=step, changed=changed))
-                self.history.append(start)
+                self._append(ResumeRecord(step=step, changed=changed), start)
 
     def _start_record(self, step: int) -> StartRecord:
         base = self.live.base.identity.fingerprint
@@ -276,27 +312,28 @@ class Monitor:
             raise OptionError("there is no probe to run.")
         began = time.perf_counter()
         try:
-            return self._prober.run(step, self.history, known)
+            record = self._prober.run(step, self.history, known)
         except MergeReadyError as error:
             error.add_note(f"while probing at step {step}; the weights were put back")
             raise
-        finally:
-            self._probing.took(time.perf_counter() - began)
+        self._probing.took(self._since(began))
+        return record
+
+    def _append(self, *records: Record) -> None:
+        with self.ranks.together():
+            for record in records:
+                self.history.append(record)
 
     def _note(self, step: int, records: Sequence[Record]) -> Outcome:
         if not records:
             return Outcome()
-        values: dict[str, float] = {}
-        for record in records:
-            self.history.append(record)
-            values |= scalars(record)
+        self._append(*records)
+        values = {name: value for record in records for name, value in scalars(record).items()}
         if self._store is not None and self.history.probes and self.history.probes[-1].step == step:
             self._store.update(self.history)
         decision = self.stop(self.history) if self.stop is not None else Decision(False, "")
         if decision.stop and (self.on_stop == "stop" or not self.history.decisions):
-            self.history.append(
-                DecisionRecord(step=step, reason=decision.reason, acted=self.on_stop == "stop")
-            )
+            self._append(DecisionRecord(step=step, reason=decision.reason, acted=self.on_stop == "stop"))
             logger.info("step %d: %s", step, decision.reason)
         return Outcome(values, Decision(decision.stop and self.on_stop == "stop", decision.reason))
 

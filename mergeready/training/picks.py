@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,9 +12,13 @@ from mergeready.experts.identity import BaseIdentity
 from mergeready.experts.record import write_record
 from mergeready.training.history import History
 from mergeready.weights.atomic import new_file, new_folder
+from mergeready.weights.ranks import Ranks
 
 Save = Callable[[Path], None]
-"""Writes the model of this moment into an existing empty folder, so that it can be loaded as an expert."""
+"""Writes the model of this moment into an existing empty folder, so that it can be loaded as an expert.
+
+Called on every rank of a run, as a sharded model has to be gathered by all; the folder exists on the first rank only,
+which alone writes."""
 
 EXPERT_BEST = "expert-best"
 MERGE_BEST = "merge-best"
@@ -93,27 +98,42 @@ class PickStore:
         picks: What to keep.
         save: Writes the model.
         base: Recorded beside each pick, so that it can be checked when it is merged.
+        ranks: The run's ranks; the first one writes and deletes.
     """
 
-    def __init__(self, folder: Path, picks: Picks, save: Save, base: BaseIdentity) -> None:
+    def __init__(
+        self, folder: Path, picks: Picks, save: Save, base: BaseIdentity, ranks: Ranks | None = None
+    ) -> None:
         self.folder, self.picks, self._save, self._base = folder, picks, save, base
+        self._ranks = ranks or Ranks.alone()
 
     def update(self, history: History) -> dict[str, int]:
-        """Save the model if its step, the newest probe, is picked; rewrite ``picks.json``."""
-        step = history.probes[-1].step
-        selected = self.picks.select(history, available={*self.saved(), step})
-        if step not in selected.values():
-            # What lies there is of a run that was resumed from before this step, and may have gone another way.
-            shutil.rmtree(self.path(step), ignore_errors=True)
+        """Save the model if its step, the newest probe, is picked; rewrite ``picks.json``. Every rank calls it."""
+        step, ranks = history.probes[-1].step, self._ranks
+        selected = ranks.on_first(lambda: self.picks.select(history, available={*self.saved(), step}))
+        if step in selected.values():
+            self._save_step(step)
         else:
-            with new_folder(self.path(step), overwrite=True) as folder:
-                self._save(folder)
-                write_record(folder, self._base, step=step)
-        self._write_index(history, selected)
+            # What lies there is of a run that was resumed from before this step, and may have gone another way.
+            ranks.on_first(lambda: shutil.rmtree(self.path(step), ignore_errors=True))
+        ranks.on_first(lambda: self._write_index(history, selected))
         return selected
 
+    def _save_step(self, step: int) -> None:
+        with ExitStack() as stack:
+            folder = self.path(step)
+            with self._ranks.together():
+                if self._ranks.is_first:
+                    folder = stack.enter_context(new_folder(self.path(step), overwrite=True))
+            with self._ranks.together():
+                self._save(folder)
+                if self._ranks.is_first:
+                    write_record(folder, self._base, step=step)
+
     def prune(self, history: History) -> None:
-        """Delete checkpoints that are no longer picked; rewrite ``picks.json``."""
+        """Delete checkpoints that are no longer picked; rewrite ``picks.json``. No collective."""
+        if not self._ranks.is_first:
+            return
         selected = self.selected(history)
         for step in self.saved():
             if step not in selected.values():

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from mergeready.weights.module import ModuleSource, unwrap
+from mergeready.weights.ranks import is_first_process
 from mergeready.weights.safetensors_folder import SINGLE_NAME
 
 
@@ -15,18 +16,36 @@ def save_expert(model: nn.Module, folder: Path, processor: Any = None) -> None:
 
     Models with ``save_pretrained`` write themselves, PEFT models their adapter; others their state as safetensors.
 
+    In a run of several processes, all of them call it and the first one writes; a sharded model is gathered into its
+    memory, on the CPU, for that.
+
     Args:
         model: The model; wrappers are looked through.
-        folder: An existing folder.
+        folder: An existing folder; it needs to exist for the first process only.
         processor: A tokenizer or processor that belongs with it.
     """
     inner: Any = unwrap(model)
+    source = ModuleSource(inner)
+    gathered = _gathered_state(inner) if source.is_sharded else None
+    if not is_first_process():
+        return
     if hasattr(inner, "save_pretrained"):
-        inner.save_pretrained(folder)
+        inner.save_pretrained(folder, **({} if gathered is None else {"state_dict": gathered}))
     else:
         # The library's save_model chooses another name of a tied tensor than the base of this run may have.
-        source = ModuleSource(inner)
-        tensors = {name: source.read(name).contiguous() for name in source.infos}
+        tensors = {
+            name: (source.read(name) if gathered is None else gathered[name]).contiguous()
+            for name in source.infos
+        }
         save_file(tensors, folder / SINGLE_NAME, metadata={"format": "pt", **source.aliases})
     if processor is not None and hasattr(processor, "save_pretrained"):
         processor.save_pretrained(folder)
+
+
+def _gathered_state(model: nn.Module) -> dict[str, Tensor]:
+    """The whole state on the first process, nothing on the others."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state: Any = get_model_state_dict(model, options=options)
+    return dict(state)

@@ -81,6 +81,10 @@ class Pacer:
     skipped: int = 0
     _since_last: int = field(default=0)
 
+    def on_schedule(self, step: int) -> bool:
+        """Whether a measurement is planned for this step, if there is time."""
+        return self.schedule.has(step, self.total)
+
     def due(self, step: int, train_seconds: float) -> bool:
         """Whether to measure now.
 
@@ -88,7 +92,7 @@ class Pacer:
             step: The step that was just taken, counted from 1.
             train_seconds: Seconds of training since step ``first``, without measuring.
         """
-        if not self.schedule.has(step, self.total):
+        if not self.on_schedule(step):
             return False
         self._since_last += 1
         if self.schedule.time_budget is None or self.cost is None or self._affords(step, train_seconds):

@@ -16,6 +16,12 @@ from mergeready.errors import LostRankError, MergeReadyError
 
 T = TypeVar("T")
 
+
+def is_first_process() -> bool:
+    """Whether this process is the one that writes files; true where there is only one."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
 PATIENCE = timedelta(hours=2)
 """How long a rank waits for the others. Longer than the time-out of a training's own group: a rank that is stuck in a
 collective of an evaluation is freed by that time-out, and reports here only then."""

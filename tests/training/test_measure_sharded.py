@@ -55,10 +55,11 @@ def figures_of(layouts: tuple[str, ...], kind: str, folder: Path) -> dict[str, A
 
 
 def flat(record: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(record, dict):
-        for key, value in record.items():
+    if isinstance(record, dict | list | tuple):
+        items = record.items() if isinstance(record, dict) else enumerate(record)
+        for key, value in items:
             yield from flat(value, f"{path}/{key}")
-    elif not isinstance(record, str):
+    elif not isinstance(record, str | None):
         yield path, record
 
 
