@@ -1,6 +1,6 @@
 """The least that any merge must do: read all files, add in fp32, write. Run as a process of its own.
 
-    python limit.py OUTPUT BASE EXPERT...
+python limit.py OUTPUT BASE EXPERT...
 """
 
 import sys

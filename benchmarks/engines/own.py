@@ -1,6 +1,6 @@
 """One merge by this library. Run as a process of its own.
 
-    python -m benchmarks.engines.own METHOD PARAMETERS_AS_JSON OUTPUT BASE EXPERT...
+python -m benchmarks.engines.own METHOD PARAMETERS_AS_JSON OUTPUT BASE EXPERT...
 """
 
 import json

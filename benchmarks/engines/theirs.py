@@ -1,6 +1,6 @@
 """One merge by mergekit. Run by the Python that has it.
 
-    python theirs.py METHOD PARAMETERS_AS_JSON OUTPUT BASE EXPERT...
+python theirs.py METHOD PARAMETERS_AS_JSON OUTPUT BASE EXPERT...
 """
 
 import json

@@ -54,9 +54,11 @@ class Noise:
     def at(self, seed: int, numel: int) -> Tensor:
         start = int(np.random.default_rng(seed).integers(_POOL))
         repeats = (start + numel) // _POOL + 1
-        return torch.cat([self._pool] * repeats)[start : start + numel] if repeats > 1 else self._pool[
-            start : start + numel
-        ]
+        return (
+            torch.cat([self._pool] * repeats)[start : start + numel]
+            if repeats > 1
+            else self._pool[start : start + numel]
+        )
 
 
 def make_llamas(folder: Path, experts: int) -> None:

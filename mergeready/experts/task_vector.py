@@ -23,6 +23,8 @@ class TaskVector(Mapping[str, Delta]):
         label: How messages call the expert.
         base: Identity of the base that the deltas are relative to.
         infos: Shape and dtype of each parameter *in the base*.
+        differs_from: Source of the base's values where deltas are differences from them, for whoever reads several
+            experts and wants to read those only once.
         memory: Where merge methods keep what they found out about it, such as thresholds. None, unless whoever
             made it vouches that its values do not change.
     """
@@ -30,6 +32,7 @@ class TaskVector(Mapping[str, Delta]):
     label: str
     base: BaseIdentity
     infos: Mapping[str, TensorInfo]
+    differs_from: WeightSource | None = None
     memory: dict[tuple[Any, ...], Any] | None = None
 
     @abstractmethod
@@ -70,14 +73,17 @@ class FullTaskVector(TaskVector):
     ) -> None:
         self.label = label or expert.label
         self.base = identity
-        self._expert, self._base, self._names = expert, base, names
+        self._expert, self.differs_from, self._names = expert, base, names
+        self._base = base
         self.infos = {name: base.infos[name] for name in names}
 
     def flat(self, name: str, start: int, stop: int, base: Tensor | None = None) -> Tensor:
-        fine_tuned = self._expert.read_flat(self._names[name], start, stop).float()
+        stored = self._expert.read_flat(self._names[name], start, stop)
+        fine_tuned = stored.float()
         if base is None:
             base = self._base.read_flat(name, start, stop)
-        return fine_tuned - base.to(device=fine_tuned.device, dtype=torch.float32)
+        base = base.to(device=fine_tuned.device, dtype=torch.float32)
+        return fine_tuned - base if fine_tuned is stored else fine_tuned.sub_(base)
 
     def __getitem__(self, name: str) -> Dense:
         info = self.infos[name]

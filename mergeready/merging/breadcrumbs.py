@@ -10,7 +10,8 @@ from torch import Tensor
 from mergeready.experts.task_vector import TaskVector
 from mergeready.merging.method import ElementwiseMethod, Place, weighted_sum
 from mergeready.merging.registry import register, require_fraction
-from mergeready.merging.selection import TopK, kept_count, top_k
+from mergeready.merging.selection import TopK, kept_count, selection_bytes, top_ks
+from mergeready.weights.source import TensorInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,9 +21,12 @@ class _Band:
     largest: TopK
     outliers: TopK | None
 
-    def mask(self, chunk: Tensor, start: int) -> Tensor:
-        inside = self.largest.mask(chunk, start)
-        return inside if self.outliers is None else inside & ~self.outliers.mask(chunk, start)
+    def trim(self, chunk: Tensor, start: int) -> None:
+        """Put zeros in place of all other entries, in place; infinite ones become NaN, so that engines see them."""
+        top = None if self.outliers is None else self.outliers.trim(chunk.clone(), start)
+        self.largest.trim(chunk, start)
+        if top is not None:
+            chunk.sub_(top)
 
 
 @register
@@ -41,7 +45,7 @@ class Breadcrumbs(ElementwiseMethod):
     """
 
     name: ClassVar[str] = "breadcrumbs"
-    passes: ClassVar[int] = 5
+    passes: ClassVar[int] = 2
     density: float = 0.15
     gamma: float = 0.007
 
@@ -49,15 +53,17 @@ class Breadcrumbs(ElementwiseMethod):
         require_fraction("density", self.density)
         require_fraction("gamma", self.gamma, zero=True)
 
+    def scratch_bytes(self, info: TensorInfo, experts: int) -> int:
+        return super().scratch_bytes(info, experts) + selection_bytes(info, 2)
+
     def prepare(self, vector: TaskVector, name: str, slot: int) -> _Band:
         info = vector.infos[name]
         kept = kept_count(self.density, info.numel)
         outliers = min(math.floor(self.gamma * info.numel + 1e-9), info.numel - kept)
 
-        def largest(count: int) -> TopK:
-            return top_k(lambda a, b: vector.flat(name, a, b), info, count)
-
-        return _Band(largest(kept + outliers), largest(outliers) if outliers else None)
+        counts = [kept + outliers, outliers] if outliers else [kept]
+        found = top_ks(lambda a, b: vector.flat(name, a, b), info, counts)
+        return _Band(found[0], found[1] if outliers else None)
 
     def combine(
         self, deltas: Sequence[Tensor], weights: Sequence[float], prepared: Sequence[Any], place: Place
@@ -65,5 +71,5 @@ class Breadcrumbs(ElementwiseMethod):
         if self.density < 1:
             for delta, band in zip(deltas, prepared, strict=True):
                 if band is not None:
-                    delta.mul_(band.mask(delta, place.start))
+                    band.trim(delta, place.start)
         return weighted_sum(deltas, weights)

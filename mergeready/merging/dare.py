@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from mergeready.experts.task_vector import TaskVector
@@ -33,7 +34,10 @@ class _Dare(ElementwiseMethod):
             mask = random_mask(
                 self.density, seed=self.seed, slot=slot, name=place.name, start=place.start, stop=place.stop
             )
-            delta.mul_(mask.to(delta.device)).mul_(factor)
+            kept = mask.view(torch.uint8).to(
+                delta.dtype
+            )  # torch converts bytes, but not booleans, several at a time
+            delta.mul_(kept.to(delta.device)).mul_(factor)
 
 
 @register

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mergeready.errors import NonFiniteError, OptionError, listing
 from mergeready.experts.task_vector import TaskVector
+from mergeready.merging.allocation import keep_freed_memory
 from mergeready.merging.method import ElementwiseMethod, MatrixMethod, MergeMethod, Place
 from mergeready.merging.registry import make_method
 from mergeready.weights.source import TensorInfo, chunk_ranges
@@ -46,6 +47,7 @@ def merged_chunks(
         method = make_method(method.for_vectors())
     if not isinstance(method, ElementwiseMethod):
         raise OptionError(f"{method.name} is of an unknown kind.")
+    keep_freed_memory()
     prepared = [
         _prepared(method, vector, name, slot) if name in vector else None
         for slot, vector in enumerate(vectors)
@@ -148,7 +150,8 @@ def check_scale(scale: float) -> float:
 
 def require_finite_chunk(values: Tensor, name: str, broken: list[str]) -> None:
     """Note a parameter whose merged values are NaN or infinite."""
-    if name not in broken and not bool(torch.isfinite(values).all()):
+    # A sum is finite only if all values are, and costs little; if it overflows, values decide.
+    if not (name in broken or bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())):
         broken.append(name)
 
 
@@ -183,7 +186,18 @@ def _is_broken(vector: TaskVector, name: str) -> bool:
 
 
 def _read(vectors: Sequence[TaskVector], name: str, start: int, stop: int) -> list[Tensor]:
-    read: list[Any] = [vector.flat(name, start, stop) if name in vector else None for vector in vectors]
+    having = [vector for vector in vectors if name in vector]
+    source = next((v.differs_from for v in having if v.differs_from is not None), None)
+    base = None
+    if source is not None and len(having) > 1:
+        base = source.read_flat(name, start, stop).float()
+    read: list[Any] = [
+        vector.flat(name, start, stop, base if vector.differs_from is source else None)
+        if name in vector
+        else None
+        for vector in vectors
+    ]
     device = next(values.device for values in read if values is not None)
-    zeros = torch.zeros(stop - start, device=device)
-    return [zeros.clone() if values is None else values.to(device) for values in read]
+    return [
+        torch.zeros(stop - start, device=device) if values is None else values.to(device) for values in read
+    ]

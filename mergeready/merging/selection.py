@@ -1,22 +1,32 @@
-"""Exact order statistics of |τ| without sorting: a histogram of bit patterns, then one bin looked at closely."""
+"""Exact order statistics of |τ| without sorting: a sample brackets the border, one pass counts and looks closely."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from mergeready.weights.source import CHUNK_ELEMENTS, TensorInfo, chunk_ranges
+from mergeready.errors import FormatError
+from mergeready.weights.source import TensorInfo, chunk_ranges
 
-_SHIFT = 15  # of the 31 bits of |x|, the upper 16 make the bin: exponent and eight bits of mantissa
-_BINS = 1 << 16
-
-Read = Callable[[int, int], Tensor]
+Read: TypeAlias = Callable[[int, int], Tensor]
 """Gives elements ``start`` to ``stop`` as a 1-D fp32 tensor."""
+
+Bits: TypeAlias = NDArray[np.int32]
+"""Bit patterns of magnitudes: integers that are ordered as the magnitudes are, with NaN above infinity."""
+
+_SMALL = 2**13  # elements that are looked at all at once
+_BLOCK = 512  # elements read at one place for the sample
+_BLOCKS = (8, 1024)
+_SIGMAS = 5.0
+_MOST = 2**22  # entries between the brackets that are kept: 16 MiB
+_ALL_BITS = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +42,22 @@ class TopK:
 
     def mask(self, chunk: Tensor, start: int) -> Tensor:
         """Which entries of a chunk that begins at element ``start`` belong to the k largest."""
-        magnitude = chunk.abs()
-        mask = magnitude > self.value
-        ties = (magnitude == self.value).nonzero().flatten()
-        if len(ties):
-            mask[ties[ties + start <= self.last_index]] = True
-        return mask
+        magnitude, border = chunk.abs(), self._border(chunk, start)
+        return torch.cat([magnitude[:border] >= self.value, magnitude[border:] > self.value])
+
+    def trim(self, chunk: Tensor, start: int) -> Tensor:
+        """Put zeros in place of all entries but the k largest, in place; NaN stay NaN, so that engines see them."""
+        border = self._border(chunk, start)
+        for part, most in ((chunk[:border], _next_below(self.value)), (chunk[border:], self.value)):
+            torch.hardshrink(part, math.inf if math.isnan(most) else most, out=part)
+        return chunk
+
+    def _border(self, chunk: Tensor, start: int) -> int:
+        return max(0, min(len(chunk), self.last_index + 1 - start))
+
+
+def _next_below(value: float) -> float:
+    return float(np.nextafter(np.float32(value), np.float32(0)))
 
 
 def kept_count(density: float, numel: int) -> int:
@@ -50,44 +70,159 @@ def kept_count(density: float, numel: int) -> int:
 
 
 def top_k(read: Read, info: TensorInfo, count: int) -> TopK:
-    """Find the ``count`` entries of largest magnitude in two passes over the chunks of a tensor.
+    """Find the ``count`` entries of largest magnitude; see :func:`top_ks`."""
+    return top_ks(read, info, [count])[0]
+
+
+def top_ks(read: Read, info: TensorInfo, counts: Sequence[int]) -> list[TopK]:
+    """Find the entries of largest magnitude, for several counts in the same pass over the chunks of a tensor.
 
     Equal to what a full stable sort by falling magnitude would give. NaN count as largest but are never chosen: they
     stay NaN where others become zero, and the engines refuse them by name.
+
+    A sample of blocks tells between which two values each border lies, up to five standard errors between blocks.
+    One pass then counts what lies above and keeps what lies between, where the border is found exactly. If
+    the sample misled, passes of histograms find it in any case.
     """
-    if info.numel <= CHUNK_ELEMENTS:
-        magnitude = read(0, info.numel).abs().cpu()
-        value = torch.kthvalue(magnitude, info.numel - count + 1).values
-        return _break_ties(magnitude, torch.arange(info.numel), float(value), count)
-    histogram = np.zeros(_BINS, dtype=np.int64)
+    if info.numel <= _SMALL:
+        bits = _bits(read(0, info.numel))
+        return [_among(bits, count) for count in counts]
+    sample = _sample(read, info.numel)
+    brackets = [_Bracket.around(sample, count / info.numel) for count in counts]
+    for start, bits in _chunks(read, info):
+        for bracket in brackets:
+            bracket.add(start, bits)
+    found = [bracket.find(read, count) for bracket, count in zip(brackets, counts, strict=True)]
+    return [
+        _in_any_case(read, info, count) if chosen is None else chosen
+        for chosen, count in zip(found, counts, strict=True)
+    ]
+
+
+def selection_bytes(info: TensorInfo, counts: int = 1) -> int:
+    """Most memory in bytes that :func:`top_ks` takes, beside one chunk."""
+    return 4 * counts * min(info.numel, _MOST)
+
+
+def _bits(chunk: Tensor) -> Bits:
+    return chunk.cpu().contiguous().numpy().view(np.int32) & np.int32(0x7FFFFFFF)
+
+
+def _chunks(read: Read, info: TensorInfo) -> Iterator[tuple[int, Bits]]:
     for start, stop in chunk_ranges(info):
-        histogram += torch.bincount(_bins(read(start, stop)), minlength=_BINS).cpu().numpy()
-    above = histogram[::-1].cumsum()[::-1]  # entries in this bin and in all larger ones
-    chosen = int(np.flatnonzero(above >= count)[-1])
-    needed = count - int(above[chosen] - histogram[chosen])
-    values, indices = _entries_in_bin(read, info, chosen)
-    value = torch.kthvalue(values, len(values) - needed + 1).values
-    return _break_ties(values, indices, float(value), needed)
+        yield start, _bits(read(start, stop))
 
 
-def _break_ties(values: Tensor, indices: Tensor, value: float, count: int) -> TopK:
-    """Of entries equal to the border value, as many as are still needed, the first ones."""
-    if math.isnan(value):
-        return TopK(value, -1)
-    equal = indices[values == value]
-    needed = count - int((~(values <= value)).sum())
-    return TopK(value, int(equal[needed - 1]))
+def _sample(read: Read, numel: int) -> Bits:
+    """Blocks that are spread evenly over a tensor, one a row."""
+    least, most = _BLOCKS
+    count = max(least, min(most, numel // 2**17))
+    starts = [(numel - _BLOCK) * i // (count - 1) for i in range(count)]
+    return np.stack([_bits(read(start, start + _BLOCK)) for start in starts])
 
 
-def _bins(chunk: Tensor) -> Tensor:
-    return (chunk.contiguous().view(torch.int32) & 0x7FFFFFFF) >> _SHIFT
+def _kth(
+    pieces: Callable[[], Iterable[Bits]], low: int, high: int, count: int, width: int = 12
+) -> tuple[int, int]:
+    """The ``count``-th largest value between two bounds, and the how-manieth of the entries equal to it that is.
+
+    Narrows the bounds to one of 2^width parts after each pass. Does not slow down where many values are equal, as
+    partitioning does.
+    """
+    while low < high:
+        shift = max(0, (high - low).bit_length() - width)
+        histogram = np.zeros(((high - low) >> shift) + 1, dtype=np.int64)
+        for bits in pieces():
+            inside = (bits >= low) & (bits <= high)
+            bins = (bits.take(np.flatnonzero(inside)) - np.int32(low)) >> shift
+            histogram += np.bincount(bins, minlength=len(histogram))
+        above = histogram[::-1].cumsum()[::-1]  # entries in this part and in all larger ones
+        part = int(np.flatnonzero(above >= count)[-1])
+        count -= int(above[part] - histogram[part])
+        low += part << shift
+        high = min(high, low + (1 << shift) - 1)
+    return low, count
 
 
-def _entries_in_bin(read: Read, info: TensorInfo, chosen: int) -> tuple[Tensor, Tensor]:
-    values, indices = [], []
-    for start, stop in chunk_ranges(info):
-        chunk = read(start, stop)
-        found = (_bins(chunk) == chosen).nonzero().flatten()
-        values.append(chunk[found].abs().cpu())
-        indices.append(found.cpu() + start)
-    return torch.cat(values), torch.cat(indices)
+def _top_k(value: int, last_index: int) -> TopK:
+    number = float(np.int32(value).view(np.float32))
+    return TopK(number, -1 if math.isnan(number) else last_index)
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Of elements ``start`` to ``stop``: how many lie between the brackets, and their values unless all are one."""
+
+    start: int
+    stop: int
+    count: int
+    values: Bits
+
+
+@dataclass
+class _Bracket:
+    """Counts entries above ``high`` and keeps those between ``low`` and ``high``; only counts them if both are one."""
+
+    low: int
+    high: int
+    above: int = 0
+    kept: int = 0
+    pieces: list[_Piece] = field(default_factory=list)
+
+    @classmethod
+    def around(cls, sample: Bits, share: float) -> _Bracket:
+        """Between which values the border below the largest ``share`` lies, by a sample of blocks."""
+        ordered = np.sort(sample, axis=None)[::-1]
+        size = len(ordered)
+        shares = np.mean(sample >= ordered[min(size - 1, round(share * size))], axis=1)
+        # Blocks differ more than coins where rows differ, and may by chance all agree where they do not.
+        error = max(float(shares.std()) / len(shares) ** 0.5, (share * (1 - share) / size) ** 0.5)
+        margin = _SIGMAS * error + 1 / size
+        first, last = math.floor((share - margin) * size), math.ceil((share + margin) * size)
+        high = int(ordered[first]) if first >= 0 else _ALL_BITS
+        return cls(int(ordered[last]) if last < size else 0, high)
+
+    def add(self, start: int, bits: Bits) -> None:
+        self.above += int(np.count_nonzero(bits > self.high))
+        inside = bits >= self.low
+        inside &= bits <= self.high
+        count = int(np.count_nonzero(inside))
+        self.kept += count
+        keep = count > 0 and self.low < self.high and self.kept <= _MOST
+        values = bits.take(np.flatnonzero(inside)) if keep else bits[:0].copy()
+        self.pieces.append(_Piece(start, start + len(bits), count, values))
+
+    def find(self, read: Read, count: int) -> TopK | None:
+        """The ``count`` largest entries; None where the border lies outside, or too much lies inside."""
+        needed = count - self.above
+        if not 0 < needed <= self.kept or (self.low < self.high and self.kept > _MOST):
+            return None
+        value = self.low
+        if self.low < self.high:
+            value, needed = _kth(lambda: (piece.values for piece in self.pieces), self.low, self.high, needed)
+        for piece in self.pieces:
+            equal = piece.count if self.low == self.high else int(np.count_nonzero(piece.values == value))
+            if needed <= equal:
+                return _top_k(value, _place(_bits(read(piece.start, piece.stop)), piece.start, value, needed))
+            needed -= equal
+        return None
+
+
+def _place(bits: Bits, start: int, value: int, needed: int) -> int:
+    """Index of the ``needed``-th entry of a chunk that equals ``value``."""
+    return start + int(np.flatnonzero(bits == value)[needed - 1])
+
+
+def _among(bits: Bits, count: int) -> TopK:
+    value, needed = _kth(lambda: (bits,), 0, _ALL_BITS, count)
+    return _top_k(value, _place(bits, 0, value, needed))
+
+
+def _in_any_case(read: Read, info: TensorInfo, count: int) -> TopK:
+    value, needed = _kth(lambda: (bits for _, bits in _chunks(read, info)), 0, _ALL_BITS, count, width=16)
+    for start, bits in _chunks(read, info):
+        equal = int(np.count_nonzero(bits == value))
+        if needed <= equal:
+            return _top_k(value, _place(bits, start, value, needed))
+        needed -= equal
+    raise FormatError("values changed while the largest were being found.")

@@ -10,7 +10,8 @@ from torch import Tensor
 from mergeready.experts.task_vector import TaskVector
 from mergeready.merging.method import ElementwiseMethod, Place
 from mergeready.merging.registry import register, require_fraction
-from mergeready.merging.selection import TopK, kept_count, top_k
+from mergeready.merging.selection import TopK, kept_count, selection_bytes, top_k
+from mergeready.weights.source import TensorInfo
 
 
 @register
@@ -33,6 +34,9 @@ class Ties(ElementwiseMethod):
     def __post_init__(self) -> None:
         require_fraction("density", self.density)
 
+    def scratch_bytes(self, info: TensorInfo, experts: int) -> int:
+        return super().scratch_bytes(info, experts) + selection_bytes(info)
+
     def prepare(self, vector: TaskVector, name: str, slot: int) -> TopK:
         info = vector.infos[name]
         return top_k(lambda a, b: vector.flat(name, a, b), info, kept_count(self.density, info.numel))
@@ -43,7 +47,7 @@ class Ties(ElementwiseMethod):
         if self.density < 1:
             for delta, kept in zip(deltas, prepared, strict=True):
                 if kept is not None:
-                    delta.mul_(kept.mask(delta, place.start))
+                    kept.trim(delta, place.start)
         return elect_and_average(deltas, weights)
 
 
@@ -53,14 +57,14 @@ def elect_and_average(deltas: Sequence[Tensor], weights: Sequence[float]) -> Ten
     >>> elect_and_average([torch.tensor([1.0, -2.0]), torch.tensor([3.0, 1.0])], [1.0, 1.0])
     tensor([ 2., -2.])
     """
-    elected = torch.zeros_like(deltas[0])
-    for delta, weight in zip(deltas, weights, strict=True):
+    elected = deltas[0].mul_(weights[0]).clone()
+    for delta, weight in zip(deltas[1:], weights[1:], strict=True):
         elected.add_(delta.mul_(weight))
     elected.sign_()
     total = torch.zeros_like(elected)
     divisor = torch.zeros_like(elected)
     for delta, weight in zip(deltas, weights, strict=True):
-        agrees = (torch.sign(delta) == elected) & (delta != 0)
-        total.add_(delta.mul_(agrees))
-        divisor.add_(agrees, alpha=abs(weight))
-    return total.div_(divisor.clamp_(min=torch.finfo(torch.float32).tiny))
+        # Times the sign, what agrees is positive. Comparisons would cost several times as much as these.
+        total.add_(delta.mul_(elected).relu_())
+        divisor.add_(delta.sign_(), alpha=abs(weight))
+    return total.mul_(elected).div_(divisor.clamp_(min=torch.finfo(torch.float32).tiny))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mergeready.merging import selection
-from mergeready.merging.selection import TopK, kept_count, top_k
+from mergeready.merging.selection import TopK, kept_count, top_k, top_ks
 from mergeready.weights.source import CHUNK_ELEMENTS, TensorInfo, chunk_ranges
 
 # Ties, zeros of both signs, denormals, the extremes of fp32, and neighbours that share their upper 16 bits.
@@ -38,13 +38,23 @@ def masked(chosen: TopK, values: Tensor, cuts: list[int]) -> list[bool]:
     return torch.cat(pieces).tolist()
 
 
-@pytest.fixture(params=["one chunk", "chunks of 7", "chunks of 1"])
+def trimmed(chosen: TopK, values: Tensor, cuts: list[int]) -> Tensor:
+    borders = sorted({0, len(values), *(cut for cut in cuts if cut < len(values))})
+    return torch.cat([chosen.trim(values[a:b].clone(), a) for a, b in pairwise(borders)])
+
+
+@pytest.fixture(params=["at once", "bracketed 7", "bracketed 1", "in any case 7"])
 def chunking(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The way through the histogram, at sizes that a test can enumerate."""
-    if request.param != "one chunk":
+    """Every way to the border, at sizes that a test can enumerate; a sample of eight entries often misleads."""
+    if request.param != "at once":
         limit = int(request.param.split()[-1])
-        monkeypatch.setattr(selection, "CHUNK_ELEMENTS", 0)
+        monkeypatch.setattr(selection, "_SMALL", 0)
+        monkeypatch.setattr(selection, "_BLOCK", 1)
+        monkeypatch.setattr(selection, "_BLOCKS", (2, 8))
+        monkeypatch.setattr(selection, "_SIGMAS", 0.5)
         monkeypatch.setattr(selection, "chunk_ranges", lambda info: chunk_ranges(info, limit))
+    if request.param.startswith("in any case"):
+        monkeypatch.setattr(selection, "_MOST", -1)
 
 
 @pytest.mark.usefixtures("chunking")
@@ -54,9 +64,11 @@ def test_equals_a_stable_sort() -> None:
         values = torch.tensor(numbers, dtype=torch.float32)
         count = data.draw(st.integers(1, len(values)))
         chosen = select(values, count)
-        mask = masked(chosen, values, data.draw(st.lists(st.integers(0, 120), max_size=4)))
+        cuts = data.draw(st.lists(st.integers(0, 120), max_size=4))
+        mask = masked(chosen, values, cuts)
         assert mask == sorted_mask(values, count)
         assert sum(mask) == count
+        assert torch.equal(trimmed(chosen, values, cuts), values * torch.tensor(mask))
 
     check()
 
@@ -70,7 +82,20 @@ def test_among_equals_the_first_are_taken(value: float) -> None:
         assert masked(select(values, count), values, [4, 9]) == [i < count for i in range(30)]
 
 
-@pytest.mark.parametrize("kind", ["normal", "rounded", "sparse", "one bin"])
+@pytest.mark.usefixtures("chunking")
+def test_several_counts_at_once() -> None:
+    @given(numbers=numbers, data=st.data())
+    def check(numbers: list[float], data: st.DataObject) -> None:
+        values = torch.tensor(numbers, dtype=torch.float32)
+        counts = data.draw(st.lists(st.integers(1, len(values)), max_size=3))
+        info = TensorInfo(tuple(values.shape), values.dtype)
+        found = top_ks(lambda a, b: values[a:b].clone(), info, counts)
+        assert found == [select(values, count) for count in counts]
+
+    check()
+
+
+@pytest.mark.parametrize("kind", ["normal", "rounded", "sparse", "one bin", "rows", "rising"])
 @pytest.mark.parametrize("density", [1e-5, 0.2, 0.999])
 def test_equals_a_stable_sort_over_real_chunks(kind: str, density: float) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -79,6 +104,10 @@ def test_equals_a_stable_sort_over_real_chunks(kind: str, density: float) -> Non
         values = (values * 50).round()
     elif kind == "sparse":
         values *= torch.rand(values.shape, generator=generator) < 0.1
+    elif kind == "rows":  # blocks tell little about the whole
+        values[: len(values) // 7] *= 100
+    elif kind == "rising":
+        values = torch.arange(len(values)).float()
     elif kind == "one bin":
         values = 1 + values.abs().clamp(max=4) * 1e-3
     count = kept_count(density, len(values))
@@ -105,6 +134,9 @@ def test_nan_is_no_error_here(share: float) -> None:
     values[:broken] = math.nan
     mask = torch.tensor(masked(select(values, 4), values, []))
     assert bool((values * mask).isnan().any())
+    kept = trimmed(select(values, 4), values, [5, 9])
+    assert bool(kept.isnan().any())
+    assert torch.equal(kept.nan_to_num(0), (values * mask).nan_to_num(0))
     assert int(mask.sum()) == max(0, 4 - broken)
 
 

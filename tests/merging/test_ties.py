@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mergeready.merging import make_method
 from mergeready.merging.parameter import merged_delta
+from mergeready.merging.ties import elect_and_average
 from tests.merging.formulas import (
     NAME,
     close,
@@ -82,3 +83,11 @@ def test_trimming_is_by_parameter() -> None:
 def test_a_parameter_without_elements_is_no_problem() -> None:
     made = vectors([torch.zeros(0, 3)])
     assert merged_delta(make_method("ties"), NAME, made[0].infos[NAME], made, [1.0]) is None
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_election_never_hides_what_is_not_finite(bad: float) -> None:
+    for others in ([0.0], [1.0, 2.0], [-1.0, 3.0], [float("inf")], [-float("inf")]):
+        deltas = [torch.full((20,), value) for value in (bad, *others)]
+        result = elect_and_average(deltas, [1.0] * len(deltas))
+        assert not bool(torch.isfinite(result).any())
