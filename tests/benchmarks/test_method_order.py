@@ -21,7 +21,9 @@ def test_means_count_tasks_alike_and_intervals_are_those_of_the_binomial() -> No
 
 
 def test_the_table_is_in_order_and_marks_edges() -> None:
-    references = {"base": dict.fromkeys(TEXT_SUITE, [0]), "expert": dict.fromkeys(TEXT_SUITE, [1])}
+    references = {
+        kind: {task: [value] for task in TEXT_SUITE} for kind, value in (("base", 0), ("expert", 1))
+    }
     cells = {
         "references/8/0": references,
         "good/8/0": cell(0.8, 1.28),
