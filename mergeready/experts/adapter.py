@@ -213,13 +213,17 @@ class AdapterBuilder:
 
 
 def require_pairs(
-    modules: Mapping[str, Mapping[str, str]], pairs: Iterable[tuple[str, str]], label: str
+    modules: Mapping[str, Mapping[str, str]],
+    pairs: Iterable[tuple[str, str]],
+    label: str,
+    infos: Mapping[str, TensorInfo],
 ) -> None:
-    """Raise if a module has one factor without the other.
+    """Raise if a module has one factor without the other, or a factor that is no matrix.
 
     Raises:
         FormatError: If so; all are listed.
     """
+    pairs = list(pairs)
     halves = [
         f"{module}.{role}"
         for module, keys in modules.items()
@@ -229,3 +233,8 @@ def require_pairs(
     ]
     if halves:
         raise FormatError(f"{label} holds only one of two LoRA factors: {listing(halves)}.")
+    factors = {role for pair in pairs for role in pair}
+    keys = [key for found in modules.values() for role, key in found.items() if role in factors]
+    flat = [f"{key} {infos[key].shape}" for key in keys if len(infos[key].shape) < 2]
+    if flat:
+        raise FormatError(f"{label} holds LoRA factors that are no matrices: {listing(flat)}.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -22,6 +21,7 @@ from mergeready.experts.peft_config import CONFIG_NAME, PeftConfig
 from mergeready.experts.peft_lora import WEIGHTS_NAME as PEFT_WEIGHTS_NAME
 from mergeready.experts.peft_lora import PeftTaskVector, plain_name
 from mergeready.experts.tokens import TokenRows, token_rows
+from mergeready.weights.json_file import read_json_object
 from mergeready.weights.open import open_tensor_file
 from mergeready.weights.safetensors_file import SafetensorsFile
 from mergeready.weights.source import WeightSource
@@ -62,11 +62,8 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         UnsupportedError: If it describes what cannot be folded into weights.
     """
     path = folder / CONFIG_NAME
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise FormatError(f"{path} cannot be read ({error}).") from error
-    kind = adapter_format(fields) if isinstance(fields, dict) else None
+    fields = read_json_object(path)
+    kind = adapter_format(fields)
     if kind == "peft":
         return PeftConfig(fields, str(folder))
     if kind == "adapterhub":

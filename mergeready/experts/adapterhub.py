@@ -92,6 +92,8 @@ class AdapterHubConfig:
     def attention(self) -> str:
         """Which of a fused weight's blocks q, k and v have factors, in that order."""
         matrices = self.fields["config"].get("attn_matrices") or ("q", "v")
+        if not isinstance(matrices, list | tuple | str):
+            raise FormatError(f"{self.label}: `attn_matrices` is {matrices!r}, not a list.")
         return "".join(block for block in _BLOCKS if block in matrices)
 
     @property
@@ -115,7 +117,7 @@ class AdapterHubConfig:
 
     def _number(self, key: str) -> float:
         value = self.fields["config"].get(key, 8)
-        if not isinstance(value, int | float) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
             raise FormatError(f"{self.label}: `{key}` is {value!r}, not a positive number.")
         return float(value)
 
@@ -161,7 +163,7 @@ def _sort_tensors(source: WeightSource, config: AdapterHubConfig, label: str) ->
         raise FormatError(f"{label} holds tensors that are no LoRA of {config.name!r}: {listing(unknown)}.")
     if not modules:
         raise FormatError(f"{label} holds no tensors.")
-    require_pairs(modules, (("lora_A", "lora_B"),), label)
+    require_pairs(modules, (("lora_A", "lora_B"),), label, source.infos)
     return modules
 
 

@@ -64,7 +64,7 @@ class Base:
             return frozenset()
         try:
             config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return frozenset()
         if not isinstance(config, dict):
             return frozenset()

@@ -58,8 +58,8 @@ class MlxConfig:
     def scaling(self) -> float:
         """The factor on B A; it is not divided by the rank."""
         scale = self.parameters.get("scale")
-        if not isinstance(scale, int | float):
-            raise FormatError(f"{self.label}: `scale` is {scale!r}, not a number.")
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) < 1e30:
+            raise FormatError(f"{self.label}: `scale` is {scale!r}, not a finite number.")
         return float(scale)
 
 
@@ -108,7 +108,7 @@ def _sort_tensors(source: WeightSource, label: str) -> dict[str, dict[str, str]]
             unknown.append(key)
     if unknown:
         raise FormatError(f"{label} holds tensors that MLX's LoRA format does not have: {listing(unknown)}.")
-    require_pairs(modules, (("A", "B"),), label)
+    require_pairs(modules, (("A", "B"),), label, source.infos)
     if not modules:
         raise FormatError(f"{label} holds no tensors.")
     return modules

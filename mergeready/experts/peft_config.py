@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -9,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mergeready.errors import FormatError, UnsupportedError
+from mergeready.experts.peft_values import malformed_values
+from mergeready.weights.json_file import read_json_object
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -94,6 +95,7 @@ class PeftConfig:
     Raises:
         UnsupportedError: If the configuration asks for something that cannot be folded into weights, or for
             something unknown.
+        FormatError: If a value is not of its field's kind.
     """
 
     fields: Mapping[str, Any]
@@ -101,6 +103,9 @@ class PeftConfig:
 
     def __post_init__(self) -> None:
         problems = list(self._problems())
+        malformed = list(malformed_values(self.fields))
+        if malformed and not problems:
+            raise FormatError(f"{self.label}: {'; '.join(malformed)}. Correct its {CONFIG_NAME}.")
         if problems:
             raise UnsupportedError(
                 f"{self.label} cannot be folded into its base: " + "; ".join(problems) + "."
@@ -108,6 +113,8 @@ class PeftConfig:
 
     def _problems(self) -> list[str]:
         kind = getattr(self.fields.get("peft_type"), "value", self.fields.get("peft_type"))
+        if not isinstance(kind, str | None):
+            return [f"its type is {kind!r}"]
         if kind not in ("LORA", None):
             return [f"its type is {kind}, and {_REASONS.get(kind, _UNKNOWN_KIND)}"]
         found = [f"`{key}`: {reason}" for key, reason in _REFUSALS.items() if self.fields.get(key)]
@@ -133,11 +140,8 @@ class PeftConfig:
             FormatError: If it is not JSON, or describes no PEFT adapter.
         """
         path = folder / CONFIG_NAME
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
-            raise FormatError(f"{path} cannot be read ({error}).") from error
-        if not isinstance(fields, dict) or "peft_type" not in fields:
+        fields = read_json_object(path)
+        if "peft_type" not in fields:
             raise FormatError(f"{path} has no `peft_type`: it is not a PEFT adapter.")
         return cls(fields, str(folder))
 

@@ -85,7 +85,7 @@ def _sort_tensors(source: WeightSource, label: str) -> tuple[dict[str, dict[str,
             copies[plain_name(key)] = key
     if unknown:
         raise FormatError(f"{label} holds tensors that PEFT's LoRA format does not have: {listing(unknown)}.")
-    require_pairs(modules, (("A", "B"), ("embedding_A", "embedding_B")), label)
+    require_pairs(modules, (("A", "B"), ("embedding_A", "embedding_B")), label, source.infos)
     if not modules and not copies:
         raise FormatError(f"{label} holds no tensors.")
     return modules, copies

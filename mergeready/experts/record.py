@@ -9,6 +9,7 @@ from typing import Any
 
 from mergeready.errors import FormatError
 from mergeready.experts.identity import BaseIdentity
+from mergeready.weights.json_file import read_json_object
 
 RECORD_NAME = "mergeready.json"
 SCHEMA = 1
@@ -29,13 +30,8 @@ def read_record(folder: Path) -> Mapping[str, Any] | None:
     path = folder / RECORD_NAME
     if not path.is_file():
         return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FormatError(
-            f"{path} is not JSON ({error}). Delete it to go on without a recorded base."
-        ) from error
-    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+    content = read_json_object(path, "Delete it to go on without a recorded base.")
+    if content.get("schema") != SCHEMA:
         raise FormatError(f"{path} has an unknown schema; this version reads schema {SCHEMA}.")
     return content
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,7 @@ from torch import Tensor
 from mergeready.errors import MismatchError, listing
 from mergeready.experts.base import Base
 from mergeready.experts.vocabulary import Vocabulary
+from mergeready.weights.json_file import read_json_object
 from mergeready.weights.names import match_names
 from mergeready.weights.source import TensorInfo, WeightSource
 
@@ -216,8 +216,9 @@ def _base_rows(base: Base, vocabulary: Vocabulary) -> int:
     needed = max(vocabulary.ids.values()) + 1
     path = None if base.folder is None else base.folder / "config.json"
     if path is not None and path.is_file():
-        config = json.loads(path.read_text(encoding="utf-8"))
-        size = (config.get("text_config") or config).get("vocab_size")
+        config = read_json_object(path)
+        inner = config.get("text_config")
+        size = (inner if isinstance(inner, dict) else config).get("vocab_size")
         if isinstance(size, int):
             return size
     fitting = (

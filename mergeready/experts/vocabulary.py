@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mergeready.errors import FormatError
+from mergeready.weights.json_file import read_json_object
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,7 @@ class Vocabulary:
         ids = dict(_tokens(folder))
         if not ids:
             return None
-        added = _json(folder / "added_tokens.json") or {}
-        return cls(ids | {str(token): int(index) for token, index in added.items()})
+        return cls(ids | _ids(folder / "added_tokens.json"))
 
     @property
     def tokens(self) -> dict[int, str]:
@@ -44,14 +43,16 @@ def _tokens(folder: Path) -> Iterator[tuple[str, int]]:
     if content is not None:
         try:
             yield from _of_tokenizer(content)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise FormatError(f"{path} is not a tokenizer as `tokenizers` saves it ({error!r}).") from error
         return
-    vocabulary = _json(folder / "vocab.json")
-    if vocabulary is not None:
-        yield from ((str(token), int(index)) for token, index in vocabulary.items())
+    if (folder / "vocab.json").is_file():
+        yield from _ids(folder / "vocab.json").items()
     elif (folder / "vocab.txt").is_file():
-        lines = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
+        try:
+            lines = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
+        except ValueError as error:
+            raise FormatError(f"{folder / 'vocab.txt'} is not text ({error}).") from error
         yield from ((token, index) for index, token in enumerate(lines) if token)
 
 
@@ -65,13 +66,12 @@ def _of_tokenizer(content: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
         yield str(token["content"]), int(token["id"])
 
 
-def _json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FormatError(f"{path} is not JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise FormatError(f"{path} holds no JSON object.")
+def _ids(path: Path) -> dict[str, int]:
+    content = _json(path) or {}
+    if not all(isinstance(index, int) for index in content.values()):
+        raise FormatError(f"{path} does not map tokens to ids.")
     return content
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    return read_json_object(path) if path.is_file() else None

@@ -7,6 +7,9 @@ from mergeready.validation import (  # noqa: F401 - each registers its checks
     composition_checks,
     delta_checks,
     file_checks,
+    folder_checks,
+    licence_checks,
+    vocabulary_checks,
 )
 from mergeready.validation.check import CHECKS, Check, Verdict
 from mergeready.validation.evaluation import Evaluation

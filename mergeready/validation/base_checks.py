@@ -8,6 +8,7 @@ from pathlib import Path
 from mergeready.errors import BaseMismatchError, MergeReadyError, MismatchError, UnsupportedError, listing
 from mergeready.experts.record import recorded_base
 from mergeready.metrics.groups import group_of
+from mergeready.validation.card_checks import card_fields
 from mergeready.validation.check import Limits, NotCheckedError, Result, check, failed, passed
 from mergeready.validation.subject import Subject
 
@@ -62,14 +63,12 @@ def base_revision(subject: Subject, limits: Limits) -> Result:
 )
 def base_content(subject: Subject, limits: Limits) -> Result:
     """Exact where the expert records its base; for full models else by the weights' cosine with it."""
-    base, recorded = subject.base, recorded_base(subject.folder)
-    if recorded is not None:
-        try:
-            base.identity.require_same(recorded, subject.label)
-        except BaseMismatchError as error:
-            return failed(str(error))
-        return passed("its record of the base's content is equal")
+    base = subject.base
     try:
+        recorded = recorded_base(subject.folder)
+        if recorded is not None:
+            base.identity.require_same(recorded, subject.label)
+            return passed("its record of the base's content is equal")
         expert = subject.expert
     except BaseMismatchError as error:
         return failed(str(error))
@@ -141,5 +140,6 @@ def declared_base(subject: Subject) -> str | None:
     config = subject.adapter_config
     if config is not None and config.base_name:
         return config.base_name
-    found = re.search(r"^base_model:\s*(?:\n\s*-\s*)?[\"']?([^\s\"']+)", subject.card, re.MULTILINE)
-    return found[1] if found else None
+    named = (card_fields(subject.card) or {}).get("base_model")
+    first = named[0] if isinstance(named, list) and named else named
+    return first if isinstance(first, str) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from itertools import accumulate
 from typing import Any
 
 import yaml
@@ -22,10 +23,12 @@ _PRIVATE = {
     "an access token": re.compile(
         r"\b(?:hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{30,}|gh[pousr]_[A-Za-z0-9]{30,})\b"
     ),
-    "an e-mail address": re.compile(r"\b[\w.+-]+@[\w-]+\.[\w.-]*[a-z]{2,}\b"),
+    "an e-mail address": re.compile(r"\b[\w.+-]{1,64}@[\w-]{1,63}\.[\w.-]{0,190}[a-z]{2,}\b"),
 }
 _TEXTS = ("*.json", "*.md", "*.yaml", "*.yml", "*.txt")
 _LARGEST_TEXT = 1_000_000
+_LONGEST_FIELDS = 100_000
+_DEEPEST = 50
 
 
 @check(
@@ -59,6 +62,8 @@ def nothing_private(subject: Subject, limits: Limits) -> Result:
 )
 def names_base_and_licence(subject: Subject, limits: Limits) -> Result:
     """The hub links experts to bases by these fields."""
+    if "\N{REPLACEMENT CHARACTER}" in subject.card:
+        return failed("README.md is not UTF-8")
     fields = card_fields(subject.card)
     if fields is None:
         return failed("README.md has no metadata at its top")
@@ -88,14 +93,20 @@ def provenance(subject: Subject, limits: Limits) -> Result:
 
 def card_fields(text: str) -> Mapping[str, Any] | None:
     """The YAML between the first two lines of dashes of a model card; None where there is none that can be read."""
-    found = re.match(r"---\s*\n(.*?)\n---\s*(?:\n|$)", text, re.DOTALL)
-    if not found:
+    found = re.match(r"---[ \t]*\n(.*?)\n---[ \t]*(?:\n|$)", text[:_LONGEST_FIELDS], re.DOTALL)
+    if not found or _depth(found[1]) > _DEEPEST:
         return None
     try:
         content = yaml.safe_load(found[1])
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError, ValueError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def _depth(text: str) -> int:
+    """How deep brackets nest; a YAML reader takes time with the square of it."""
+    steps = (1 if sign in "[{" else -1 for sign in text if sign in "[]{}")
+    return max(accumulate(steps), default=0)
 
 
 def _texts(subject: Subject) -> Iterator[tuple[str, str]]:

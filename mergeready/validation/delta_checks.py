@@ -8,12 +8,15 @@ from statistics import median
 
 import torch
 
-from mergeready.errors import NonFiniteError, listing
+from mergeready.errors import NonFiniteError, NotTrainedError, listing
 from mergeready.experts.sums import squared_norm
 from mergeready.metrics.inspection import inspect
 from mergeready.validation.check import Limits, NotCheckedError, Result, check, failed, passed
 from mergeready.validation.subject import Subject
 from mergeready.weights.source import chunk_ranges
+
+_NARROWEST = 0.2
+"""Spread of logarithms below which matrices count as equally far moved: layers differ by more in healthy experts."""
 
 _FEWEST = 8
 """Matrices below which none is called an outlier."""
@@ -31,7 +34,7 @@ def differs(subject: Subject, limits: Limits) -> Result:
     """‖τ‖ > 0, and finite."""
     try:
         squares = subject.squares
-    except NonFiniteError as error:
+    except (NonFiniteError, NotTrainedError) as error:
         return failed(str(error))
     changed = sum(value > 0 for value in squares.values())
     if not changed:
@@ -61,12 +64,14 @@ def drift(subject: Subject, limits: Limits) -> Result:
         )
     centre = median(logs.values())
     spread = 1.4826 * median(abs(value - centre) for value in logs.values())
-    outliers = [n for n, value in logs.items() if value - centre > limits["outlier_z"] * max(spread, 0.05)]
+    outliers = [
+        n for n, value in logs.items() if value - centre > limits["outlier_z"] * max(spread, _NARROWEST)
+    ]
     if outliers:
         return failed(
             f"{len(outliers)} matrices moved far more than the rest: {listing(outliers)}",
             where=tuple(outliers),
-            value=max((logs[name] - centre) / max(spread, 0.05) for name in outliers),
+            value=max((logs[name] - centre) / max(spread, _NARROWEST) for name in outliers),
             threshold=limits["outlier_z"],
         )
     return passed(f"‖τ‖ is {total:.2g} of the base's norm, without outliers", value=total)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from mergeready.errors import MergeReadyError, UnsupportedError, listing
+from mergeready.experts.adapter_folder import AdapterFormat
 from mergeready.experts.delta import LowRank
 from mergeready.experts.record import read_record
 from mergeready.validation.check import Limits, NotCheckedError, Result, check, failed, passed
@@ -20,6 +21,14 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _FACTOR = re.compile(
     r"(?P<module>.*)\.lora_(?P<kind>embedding_)?(?P<role>[ABab])(?P<rest>\.weight|\.default\.weight|)"
 )
+_PEFT_SUFFIX = re.compile(r"\.lora_(A\.weight|B\.weight|B\.bias|embedding_[AB]|magnitude_vector(\.weight)?)$")
+_EXPECTED: Mapping[AdapterFormat, Callable[[str], bool]] = {
+    "peft": lambda name: (
+        name.startswith("base_model.model.") and (".lora_" not in name or bool(_PEFT_SUFFIX.search(name)))
+    ),
+    "adapterhub": lambda name: ".loras." in name,
+    "mlx": lambda name: name.endswith((".lora_a", ".lora_b", ".m")),
+}
 _READ_ELEMENTS = 2**20
 
 
@@ -34,8 +43,12 @@ def readable(subject: Subject, limits: Limits) -> Result:
     """Parses configurations, opens every weight file and compares headers with sizes; reads no values."""
     try:
         kind = subject.adapter_kind
-        described = bool(subject.model_fields) or kind is not None or read_record(subject.folder) is not None
+        record = read_record(subject.folder)
+        described = bool(subject.model_fields) or kind is not None or record is not None
         infos = subject.source.infos
+        _ = subject.adapter_config
+    except UnsupportedError:
+        raise NotCheckedError("F006 failed") from None
     except (MergeReadyError, OSError) as error:
         return failed(str(error))
     if not infos:
@@ -102,6 +115,7 @@ def factors_pair(subject: Subject, limits: Limits) -> Result:
     wrong = [pair.problem(source, subject.adapter_kind) for pair in pairs]
     problems = [*(f"{name} has no counterpart" for name in alone), *(p for p in wrong if p is not None)]
     problems += _unexpected_ranks(subject, pairs)
+    problems += _unexpected_names(subject)
     if problems:
         return failed(listing(problems), where=tuple(problems))
     return passed(f"{len(pairs)} pairs")
@@ -162,19 +176,24 @@ class _Pair:
         if len(a) < 2 or len(b) < 2:
             return f"{self.module} has factors of shapes {a} and {b}"
         ranks = (a[-1], b[0]) if kind == "mlx" else (a[0], b[1])
-        if ranks[0] != ranks[1]:
+        fused = kind == "adapterhub" and ranks[0] in (2 * ranks[1], 3 * ranks[1])  # blocks of q, k and v
+        if ranks[0] != ranks[1] and not fused:
             return f"{self.module} has ranks {ranks[0]} and {ranks[1]} (shapes {a} and {b})"
         return None
 
     def rank(self, source: WeightSource, kind: str) -> int:
-        shape = source.infos[self.A].shape
+        shape = source.infos[self.A].shape or (0,)
         return shape[-1] if kind == "mlx" else shape[0]
 
     def norm(self, source: WeightSource, kind: str) -> float:
         a, b = source.read(self.A).float(), source.read(self.B).float()
+        if not a.any() or not b.any():
+            return 0.0
+        if a.ndim < 2 or b.ndim < 2:
+            return math.nan  # F002 says so
         A, B = (a.flatten(1), b.flatten(1)) if kind != "mlx" else (a.T, b.T)
         if A.shape[0] != B.shape[1]:
-            return math.nan  # F002 says so
+            return math.nan  # F002 says so, or they are blocks of a fused weight
         return LowRank(B, A, (B.shape[0], A.shape[1])).norm()
 
 
@@ -194,14 +213,26 @@ def _pairs(source: WeightSource) -> tuple[list[_Pair], list[str]]:
 def _unexpected_ranks(subject: Subject, pairs: list[_Pair]) -> Iterator[str]:
     """Ranks that no entry of the configuration explains."""
     fields, kind = subject.adapter_fields, subject.adapter_kind
-    if fields is None or kind != "peft" or fields.get("target_parameters"):
+    if fields is None or kind in (None, "adapterhub") or fields.get("target_parameters"):
         return
-    allowed = {fields.get("r"), *(fields.get("rank_pattern") or {}).values()}
+    settings = fields.get("lora_parameters") if kind == "mlx" else fields
+    settings = settings if isinstance(settings, Mapping) else {}
+    by_module = settings.get("rank_pattern")
+    allowed = [settings.get("rank" if kind == "mlx" else "r")]
+    allowed += by_module.values() if isinstance(by_module, Mapping) else ()
     for pair in pairs:
         rank = pair.rank(subject.source, kind)
         if rank not in allowed:
             known = ", ".join(map(str, sorted(allowed, key=str)))
             yield f"{pair.module} has rank {rank}, the configuration says {known}"
+
+
+def _unexpected_names(subject: Subject) -> Iterator[str]:
+    """Names that the adapter's library does not write."""
+    expected = _EXPECTED[subject.adapter_kind or "peft"]
+    if subject.adapter_kind == "mlx" and (subject.adapter_fields or {}).get("fine_tune_type") == "full":
+        return
+    yield from (f"{name} is not a name of this format" for name in subject.source.infos if not expected(name))
 
 
 def _is_finite(source: WeightSource, name: str) -> bool:

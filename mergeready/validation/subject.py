@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
@@ -36,6 +35,7 @@ from mergeready.metrics.estimates import EstimatedComparison, compare_fingerprin
 from mergeready.metrics.take_fingerprint import take_fingerprint
 from mergeready.validation.check import NotCheckedError
 from mergeready.validation.evaluation import OWN, Evaluation
+from mergeready.weights.json_file import read_json_object
 from mergeready.weights.open import WeightsLike, open_weights, resolve_folder
 from mergeready.weights.source import WeightSource
 
@@ -106,13 +106,13 @@ class Subject:
     @once
     def adapter_fields(self) -> Mapping[str, Any] | None:
         """The content of ``adapter_config.json``; None for a full model."""
-        return read_json(self.folder / CONFIG_NAME) if (self.folder / CONFIG_NAME).is_file() else None
+        return read_json_object(self.folder / CONFIG_NAME) if (self.folder / CONFIG_NAME).is_file() else None
 
     @once
     def model_fields(self) -> Mapping[str, Any]:
         """The content of ``config.json``; empty where there is none."""
         path = self.folder / "config.json"
-        return read_json(path) if path.is_file() else {}
+        return read_json_object(path) if path.is_file() else {}
 
     @once
     def adapter_kind(self) -> AdapterFormat | None:
@@ -203,18 +203,3 @@ class Subject:
         """The text of ``README.md``; empty where there is none."""
         path = self.folder / "README.md"
         return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-
-
-def read_json(path: Path) -> Mapping[str, Any]:
-    """A JSON file that holds an object.
-
-    Raises:
-        FormatError: If it holds something else, or cannot be read.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise FormatError(f"{path.name} cannot be read ({error}).") from error
-    if not isinstance(content, dict):
-        raise FormatError(f"{path.name} holds a {type(content).__name__}, not an object.")
-    return content

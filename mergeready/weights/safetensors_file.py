@@ -58,7 +58,7 @@ class SafetensorsFile:
         self._fd = os.open(path, os.O_RDONLY)
         self._lock = threading.Lock()
         (length,) = _HEADER_LENGTH.unpack(self._bytes(0, 8))
-        header: dict[str, Any] = json.loads(self._bytes(8, length))
+        header: dict[str, Any] = json.loads(self._bytes(8, length), object_pairs_hook=self._once_each)
         header.pop("__metadata__", None)
         ordered = sorted(header.items(), key=lambda item: item[1]["data_offsets"][0])
         unknown = {f"{name} ({entry['dtype']})" for name, entry in ordered if entry["dtype"] not in DTYPES}
@@ -68,6 +68,13 @@ class SafetensorsFile:
             )
         self.infos = {name: TensorInfo(tuple(e["shape"]), DTYPES[e["dtype"]]) for name, e in ordered}
         self._offsets = {name: 8 + length + entry["data_offsets"][0] for name, entry in ordered}
+
+    def _once_each(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        """An object of the header; parsers differ in which of two equal keys they take."""
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise FormatError(f"{self.path} names a tensor twice in its header. Save it again.")
+        return found
 
     def read_flat(self, name: str, start: int, stop: int) -> Tensor:
         """Elements ``start`` to ``stop`` of tensor ``name`` in a fresh 1-D CPU tensor."""

@@ -93,7 +93,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
         weight_map = content["weight_map"]
         if not all(isinstance(k, str) and isinstance(v, str) for k, v in weight_map.items()):
             raise TypeError("weight_map must map names to file names")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(f"{index} is not a safetensors index ({error}).") from error
     result: dict[str, str] = weight_map
     return result

@@ -107,5 +107,5 @@ def test_what_is_no_json_is_refused(tmp_path: Path, text: bytes) -> None:
 @pytest.mark.parametrize("content", [[], {}, {"config": {"architecture": "lora"}, "version": "1"}, None])
 def test_what_is_no_peft_adapter_is_refused(tmp_path: Path, content: object) -> None:
     (tmp_path / CONFIG_NAME).write_text(json.dumps(content))
-    with pytest.raises(FormatError, match="has no `peft_type`"):
+    with pytest.raises(FormatError, match=r"has no `peft_type`|not an object"):
         PeftConfig.read(tmp_path)

@@ -36,14 +36,14 @@ def test_no_record_is_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", [b"", b"{", b"\xff"])
 def test_a_broken_record_says_what_to_do(tmp_path: Path, text: bytes) -> None:
     (tmp_path / RECORD_NAME).write_bytes(text)
-    with pytest.raises(FormatError, match=r"mergeready\.json is not JSON .*Delete it"):
+    with pytest.raises(FormatError, match=r"mergeready\.json cannot be read as JSON .*Delete it"):
         recorded_base(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", "null", '{"schema": 99}', '{"schema": "1"}'])
 def test_an_unknown_schema_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / RECORD_NAME).write_text(text)
-    with pytest.raises(FormatError, match="unknown schema"):
+    with pytest.raises(FormatError, match=r"unknown schema|not an object"):
         recorded_base(tmp_path)
 
 
