@@ -153,6 +153,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         "",
         "CPU seconds of the whole process, one thread. Work is without the import; × limit compares it with reading "
         "all inputs, adding in fp32 and writing.",
+        "Cells are measured one by one, at different hours of a shared machine; see `benchmarks/README.md`.",
         "",
         "| merge | experts | engine | CPU s | work s | × limit | mergekit / ours | goal | wall s | peak MB | faults |",
         "|---|---|---|---|---|---|---|---|---|---|---|",

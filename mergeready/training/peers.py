@@ -39,7 +39,7 @@ class OpenPeer(TaskVector):
         self, vector: TaskVector, label: str, squares: dict[str, float], evaluate: Evaluate | None
     ) -> None:
         self.label, self.base, self.evaluate = label, vector.base, evaluate
-        self._vector, self.memory = vector, {}
+        self._vector, self.differs_from, self.memory = vector, vector.differs_from, {}
         self.infos = {name: vector.infos[name] for name, value in squares.items() if value > 0}
         self.norm = math.sqrt(sum(squares.values()))
 
