@@ -1,0 +1,43 @@
+"""Pairs of licences: known to fit, known to contradict, or unknown, which is not passed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mergeready.validation import validate
+from tests.validation.corpus import write_card
+from tests.validation.experts import write_base, write_full
+
+
+@pytest.mark.parametrize(
+    ("own", "base", "peer", "status"),
+    [
+        ("apache-2.0", "mit", None, "passed"),
+        ("cc-by-nc-4.0", "apache-2.0", None, "passed"),
+        ("llama3.1", "llama3.1", None, "passed"),
+        ("mit", "llama3.1", None, "failed"),
+        ("apache-2.0", "cc-by-nc-sa-4.0", None, "failed"),
+        ("mit", "gpl-3.0", None, "failed"),
+        ("cc-by-nd-4.0", "cc-by-nd-4.0", None, "failed"),
+        ("openrail", "bigscience-bloom-rail-1.0", None, "not checked"),
+        ("llama3", "gemma", None, "not checked"),
+        ("other", "mit", None, "not checked"),
+        ("mit", None, None, "not checked"),
+        ("gpl-3.0", "mit", "cc-by-nc-4.0", "failed"),
+        ("mit", "mit", "gemma", "passed"),
+        ("gemma", "mit", "openrail", "not checked"),
+    ],
+)
+def test_pairs(own: str, base: str | None, peer: str | None, status: str, tmp_path: Path) -> None:
+    write_base(tmp_path / "base")
+    if base is not None:
+        write_card(tmp_path / "base", license=base)
+    write_card(write_full(tmp_path / "law"), license=own)
+    peers = []
+    if peer is not None:
+        peers = [write_full(tmp_path / "peer", seed=2)]
+        write_card(peers[0], license=peer)
+    report = validate(tmp_path / "law", tmp_path / "base", peers=peers, level="base")
+    assert {v.id: v.status for v in report.verdicts}["P502"] == status
