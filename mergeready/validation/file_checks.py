@@ -15,6 +15,7 @@ from mergeready.experts.delta import LowRank
 from mergeready.experts.record import read_record
 from mergeready.validation.check import Limits, NotCheckedError, Result, check, failed, passed
 from mergeready.validation.subject import Subject
+from mergeready.weights.safetensors_folder import SafetensorsFolder
 from mergeready.weights.source import WeightSource, chunk_ranges
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -239,8 +240,16 @@ def _is_finite(source: WeightSource, name: str) -> bool:
     info = source.infos[name]
     if not (info.dtype.is_floating_point or info.dtype.is_complex):
         return True
-    for start, stop in chunk_ranges(info, _READ_BYTES // info.dtype.itemsize):
-        values = source.read_flat(name, start, stop)
+    size = _READ_BYTES // info.dtype.itemsize
+    buffer = torch.empty(
+        min(size, info.numel), dtype=info.dtype
+    )  # fresh memory for each piece would cost more
+    for start, stop in chunk_ranges(info, size):
+        if isinstance(source, SafetensorsFolder):
+            values = buffer[: stop - start]
+            source.read_into(name, start, values)
+        else:
+            values = source.read_flat(name, start, stop)
         if info.dtype.itemsize == 1 or info.dtype.is_complex:
             values = torch.view_as_real(values) if info.dtype.is_complex else values.float()
         # NaN and infinity stay in a sum, which is the fastest pass there is; finite values may overflow in one.

@@ -80,10 +80,14 @@ class SafetensorsFile:
         """Elements ``start`` to ``stop`` of tensor ``name`` in a fresh 1-D CPU tensor."""
         info = self.infos[name]
         out = torch.empty(stop - start, dtype=info.dtype)
+        self.read_into(name, start, out)
+        return out
+
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        """Fill a contiguous 1-D CPU tensor of the stored dtype with the elements from ``start`` on."""
         if out.numel():
             view = memoryview(out.view(torch.uint8).numpy().data)
-            self._read_into(view, self._offsets[name] + start * info.dtype.itemsize)
-        return out
+            self._read_into(view, self._offsets[name] + start * out.dtype.itemsize)
 
     def _bytes(self, offset: int, length: int) -> bytes:
         buffer = bytearray(length)

@@ -48,6 +48,10 @@ class SafetensorsFolder(WeightSource):
     def read_flat(self, name: str, start: int, stop: int) -> Tensor:
         return self._file_of[name].read_flat(name, start, stop)
 
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        """Fill a contiguous 1-D CPU tensor of the stored dtype with the elements from ``start`` on."""
+        self._file_of[name].read_into(name, start, out)
+
     def _open_files(self) -> dict[str, SafetensorsFile]:
         if self.path.is_file():
             file = SafetensorsFile(self.path)
