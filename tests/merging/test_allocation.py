@@ -26,5 +26,6 @@ def faults(kept: bool) -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it is glibc that learns")
 def test_freed_memory_is_used_again() -> None:
-    assert resource.getpagesize() <= 2**16
-    assert faults(kept=True) < faults(kept=False) / 10
+    # Without the call nearly every page of every step is a fault, unless what was imported freed a large block.
+    pages = 50 * 8 * 2**21 // resource.getpagesize()
+    assert faults(kept=True) < pages / 10
