@@ -48,15 +48,13 @@ def compare(
 
 def _estimated(base: str, experts: list[str], strict: bool) -> EstimatedComparison:
     from mergeready.experts import Base, open_expert
-    from mergeready.experts.fingerprint import Fingerprint, is_fingerprint
+    from mergeready.experts.fingerprint import is_fingerprint, open_fingerprint
     from mergeready.metrics.estimates import compare_fingerprints
     from mergeready.metrics.take_fingerprint import take_fingerprint
 
-    loaded = {expert: Fingerprint.load(expert) for expert in experts if is_fingerprint(expert)}
-    budget = max(made.budget for made in loaded.values())
     opened_base = Base.open(base)
-    for made in loaded.values():
-        opened_base.identity.require_same(made.base, made.label, made.shapes)
+    loaded = {expert: open_fingerprint(expert, opened_base) for expert in experts if is_fingerprint(expert)}
+    budget = max(made.budget for made in loaded.values())
     for expert in experts:
         if expert not in loaded:
             opened = open_expert(expert, opened_base, strict=strict)

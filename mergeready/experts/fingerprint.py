@@ -7,13 +7,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mergeready.errors import FormatError, listing
+from mergeready.errors import FormatError, MismatchError, listing
+from mergeready.experts.base import Base
 from mergeready.experts.coordinates import sample_count
 from mergeready.experts.identity import BaseIdentity
 from mergeready.weights.atomic import new_file
@@ -162,6 +163,26 @@ class Fingerprint:
         )
 
 
-def is_fingerprint(path: object) -> bool:
+def is_fingerprint(path: object) -> TypeGuard[str | Path]:
     """Whether something is a path that ends like a fingerprint's."""
     return isinstance(path, str | Path) and str(path).endswith(SUFFIX)
+
+
+def open_fingerprint(given: str | Path | Fingerprint, base: Base) -> Fingerprint:
+    """A fingerprint of an expert on this base, read if it is a path.
+
+    Raises:
+        FormatError: If the file is no fingerprint.
+        BaseMismatchError: If it was taken of an expert on another base.
+        MismatchError: If it names parameters that the base does not have in those shapes; all are listed.
+    """
+    made = given if isinstance(given, Fingerprint) else Fingerprint.load(given)
+    base.identity.require_same(made.base, f"fingerprint {made.label}", made.shapes)
+    infos = base.source.infos
+    strange = [name for name, shape in made.shapes.items() if name not in infos or infos[name].shape != shape]
+    if strange:
+        raise MismatchError(
+            f"fingerprint {made.label} is of parameters that {base.identity.label or 'the base'} does not have in "
+            f"these names and shapes: {listing(strange)}. Take it again, relative to this base."
+        )
+    return made

@@ -7,10 +7,11 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from mergeready.errors import MismatchError, NonFiniteError, OptionError, listing
+from mergeready.errors import MismatchError, NonFiniteError, OptionError, UnsupportedError, listing
 from mergeready.experts.adapter import AdapterTaskVector
 from mergeready.experts.adapter_folder import explain_missing_weights, open_adapter, refuse_foreign_lora
 from mergeready.experts.base import Base, require_wide_floats
+from mergeready.experts.fingerprint import is_fingerprint
 from mergeready.experts.kinship import require_kinship
 from mergeready.experts.peft_config import CONFIG_NAME
 from mergeready.experts.record import recorded_base
@@ -100,6 +101,11 @@ def open_expert(
 def _open_folder(
     path: str | Path, base: Base, strict: bool, revision: str | None, allow_pickle: bool
 ) -> Expert:
+    if is_fingerprint(path):
+        raise UnsupportedError(
+            f"{path} is a fingerprint: it holds no weights, so it can be compared and measured against, not merged or "
+            "evaluated. Name the expert itself."
+        )
     folder = resolve_folder(path, revision=revision)
     is_adapter = (folder / CONFIG_NAME).is_file()
     recorded = recorded_base(folder) if folder.is_dir() else None

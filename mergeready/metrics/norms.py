@@ -31,6 +31,10 @@ class NormAccumulator(Accumulator):
         for column, values in enumerate([*chunk.deltas[: self._count], chunk.base]):
             row[column] += squared_norm(values)
 
+    def norms(self, expert: int) -> dict[str, float]:
+        """‖τ‖ of one expert by parameter."""
+        return dict(zip(self._row, self.sums[:, expert].sqrt().tolist(), strict=True))
+
     def norm(self, expert: int) -> float:
         """‖τ‖ of one expert over all parameters."""
         return math.sqrt(float(self.sums[:, expert].sum()))

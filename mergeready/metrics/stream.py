@@ -14,11 +14,15 @@ from mergeready.weights.source import WeightSource, chunk_ranges
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Some elements of one parameter: the base's values and each expert's delta there, fp32, 1-D, one length."""
+    """Some elements of one parameter: the base's values and each expert's delta there, fp32, 1-D, one length.
+
+    ``start`` is the place of the first of them in the parameter, in row-major order.
+    """
 
     name: str
     base: Tensor
     deltas: Sequence[Tensor]
+    start: int = 0
 
 
 class Accumulator(ABC):
@@ -77,6 +81,6 @@ def accumulate(
             for vector in vectors
         ]
         device = deltas[0].device if deltas else original.device
-        chunk = Chunk(name, original.to(device), [delta.to(device) for delta in deltas])
+        chunk = Chunk(name, original.to(device), [delta.to(device) for delta in deltas], start)
         for accumulator in accumulators:
             accumulator.update(chunk)

@@ -10,16 +10,25 @@ from typing import Any, Literal
 
 from torch import nn
 
-from mergeready.errors import HistoryError, MergeReadyError, OptionError
+from mergeready.errors import HistoryError, MergeReadyError, OptionError, listing
 from mergeready.experts.base import Base
+from mergeready.experts.fingerprint import Fingerprint
 from mergeready.experts.live import LiveExpert
-from mergeready.experts.open import ExpertLike
 from mergeready.merging.evaluation import Evaluate, Score
 from mergeready.training.agreement import agreed
 from mergeready.training.base_of_run import base_of_run
 from mergeready.training.history import History, HistoryFile
 from mergeready.training.measure import measure
-from mergeready.training.peers import OpenPeer, Peer, open_peers, require_reachable
+from mergeready.training.peers import (
+    OpenPeer,
+    Peer,
+    PeerLike,
+    SketchedPeer,
+    open_peers,
+    open_sketches,
+    require_own_names,
+    require_reachable,
+)
 from mergeready.training.picks import Picks, PickStore, Save
 from mergeready.training.policies import Decision, Policy
 from mergeready.training.probe import Probe, Prober
@@ -58,7 +67,8 @@ class Monitor:
 
     Args:
         base: The weights that training started from. None where that can be found out; see ``base_of_run``.
-        peers: Other experts on the same base, as they are or as ``Peer`` with an evaluation of their task.
+        peers: Other experts on the same base, as they are or as ``Peer`` with an evaluation of their task; or their
+            fingerprints, against which the run is measured by estimates and with which probes do not merge.
         probe: How to probe; None to only measure.
         stop: When to stop; None for never.
         on_stop: ``stop`` asks the framework to stop; ``record`` only notes when it would have.
@@ -70,14 +80,14 @@ class Monitor:
         self,
         *,
         base: WeightsLike | Base | None = None,
-        peers: Sequence[ExpertLike | Peer] = (),
+        peers: Sequence[PeerLike] = (),
         probe: Probe | None = None,
         stop: Policy | None = None,
         on_stop: Literal["stop", "record"] = "stop",
         measure: Schedule = DEFAULT_MEASURE,
         picks: Picks | None = None,
     ) -> None:
-        if isinstance(peers, str | Path | Peer | Mapping | nn.Module):
+        if isinstance(peers, str | Path | Peer | Fingerprint | Mapping | nn.Module):
             raise OptionError("`peers` must be a sequence of experts; put a single one into a list.")
         if on_stop not in ("stop", "record"):
             raise OptionError(f"`on_stop` must be 'stop' or 'record', not {on_stop!r}.")
@@ -154,7 +164,7 @@ class Monitor:
         records: list[Record] = []
         if self._measuring.due(step, seconds):
             began = time.perf_counter()
-            records.append(measure(self.live, self.peers, step, self.history))
+            records.append(measure(self.live, self.peers, step, self.history, self.sketched))
             self._measuring.took(self._since(began))
         if self._probing is not None and self._probing.due(step, seconds):
             records.append(self._run_probe(step))
@@ -242,7 +252,15 @@ class Monitor:
         self.live = LiveExpert(model, base, self.ranks)
         with self.live.base_readable(), self.ranks.together():
             self.peers: list[OpenPeer] = open_peers(self._given_peers, self.live.base)
-            require_reachable(self.peers, list(self.live.targets))
+            self.sketched: list[SketchedPeer] = open_sketches(self._given_peers, self.live.base)
+            require_own_names([*self.peers, *self.sketched])
+            require_reachable([*self.peers, *self.sketched], list(self.live.targets))
+        if self.sketched and self.probe is not None:
+            logger.info(
+                "peers known by fingerprint are measured, not merged: %s%s",
+                listing([peer.label for peer in self.sketched]),
+                "" if self.peers else "; probes use surrogates",
+            )
         for peer in self.peers:
             if peer.evaluate is not None:
                 peer.evaluate = agreed(peer.evaluate, self.ranks)
@@ -289,13 +307,18 @@ class Monitor:
     def _start_record(self, step: int) -> StartRecord:
         base = self.live.base.identity.fingerprint
         peers = {peer.label: peer.norm for peer in self.peers}
+        peers |= {peer.label: peer.fingerprint.norm for peer in self.sketched}
+        fingerprints = [peer.label for peer in self.sketched]
         unmerged = list(self.live.extra)
         if self._prober is None or self.probe is None:
-            return StartRecord(step=step, base=base, peers=peers, unmerged=unmerged)
+            return StartRecord(
+                step=step, base=base, peers=peers, fingerprints=fingerprints, unmerged=unmerged
+            )
         return StartRecord(
             step=step,
             base=base,
             peers=peers,
+            fingerprints=fingerprints,
             surrogate=not self.peers,
             metric=self._prober.metric,
             greater_is_better=self.probe.is_greater_better(self._prober.metric),

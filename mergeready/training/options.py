@@ -8,9 +8,8 @@ from typing import Any, Literal, TypedDict
 from torch import nn
 
 from mergeready.experts.base import Base
-from mergeready.experts.open import ExpertLike
 from mergeready.merging.evaluation import Evaluate, Values
-from mergeready.training.peers import Peer
+from mergeready.training.peers import Peer, PeerLike
 from mergeready.training.picks import Picks
 from mergeready.training.policies import Policy
 from mergeready.training.probe import Probe
@@ -22,7 +21,7 @@ class MonitorOptions(TypedDict, total=False):
     """What every shell takes and hands to :class:`~mergeready.training.monitor.Monitor`; see there."""
 
     base: WeightsLike | Base | None
-    peers: Sequence[ExpertLike | Peer]
+    peers: Sequence[PeerLike]
     probe: Probe | None
     stop: Policy | None
     on_stop: Literal["stop", "record"]

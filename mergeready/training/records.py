@@ -60,7 +60,8 @@ class StartRecord:
     Attributes:
         base: Fingerprint of the base.
         peers: Label of each peer to its norm ‖τ‖.
-        surrogate: Whether probes use surrogates, since there are no peers.
+        fingerprints: Peers that are known by fingerprint only: they are measured by estimates, and not merged.
+        surrogate: Whether probes use surrogates, since there are no peers that have weights.
         metric: The metric of all probes; None where nothing is probed.
         greater_is_better: Its direction.
         methods: Each probed merge method: its ``label``, its name and parameters. A list, as the first one leads and
@@ -73,6 +74,7 @@ class StartRecord:
     step: int
     base: str
     peers: dict[str, float] = field(default_factory=dict)
+    fingerprints: list[str] = field(default_factory=list)
     surrogate: bool = False
     metric: str | None = None
     greater_is_better: bool = True
@@ -94,6 +96,8 @@ class MetricsRecord:
         top_mass: Share of ‖τ‖² in the top 1 % and 10 % of entries.
         cosine: Cosine with each peer.
         sign_conflict: Share of conflicting signs with each peer; 0.5 by chance.
+        cosine_error: Standard error of the cosine with each peer that is known by its fingerprint only.
+        sign_conflict_error: The same of the sign conflict.
         norm_ratio: Largest over smallest norm among the run and its peers.
     """
 
@@ -108,6 +112,8 @@ class MetricsRecord:
     cosine: dict[str, float | None] = field(default_factory=dict)
     sign_conflict: dict[str, float | None] = field(default_factory=dict)
     norm_ratio: float | None = None
+    cosine_error: dict[str, float | None] = field(default_factory=dict)
+    sign_conflict_error: dict[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ def scalars(record: Record) -> dict[str, float]:
 
     A probe gives ``expert`` and, per merge method, ``merged/<method>`` (``surrogate/<method>`` where synthetic
     peers stood in), ``retention/<method>`` and ``scale/<method>``. A measurement gives norms, and cosine and sign
-    conflict per peer.
+    conflict per peer, with their standard errors where they are estimates.
     """
     if isinstance(record, ProbeRecord):
         values = _probe(record)
@@ -49,5 +49,7 @@ def _metrics(record: MetricsRecord) -> dict[str, float | None]:
     values |= {f"norm/{group}": value for group, value in record.groups.items()}
     values |= {f"top_mass/{share}": value for share, value in record.top_mass.items()}
     values |= {f"cosine/{peer}": value for peer, value in record.cosine.items()}
+    values |= {f"cosine_error/{peer}": value for peer, value in record.cosine_error.items()}
+    values |= {f"sign_conflict_error/{peer}": value for peer, value in record.sign_conflict_error.items()}
     values |= {f"sign_conflict/{peer}": value for peer, value in record.sign_conflict.items()}
     return values

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mergeready.errors import listing
-from mergeready.experts.fingerprint import is_fingerprint
+from mergeready.experts.fingerprint import Fingerprint, is_fingerprint
 from mergeready.experts.open import open_expert
 from mergeready.experts.task_vector import TaskVector
 from mergeready.merging.evaluation import run_evaluation
@@ -158,7 +158,7 @@ def _others(subject: Subject) -> tuple[list[TaskVector], str]:
     opened = [
         open_expert(peer, subject.base, strict=False).vector
         for peer in subject.given_peers
-        if not is_fingerprint(peer)
+        if not (isinstance(peer, Fingerprint) or is_fingerprint(peer))
     ]
     if opened:
         return opened, "peers"

@@ -7,6 +7,7 @@ from typing import Any
 
 from mergeready.errors import MergeReadyError, OptionError
 from mergeready.experts.base import Base
+from mergeready.experts.fingerprint import Fingerprint
 from mergeready.experts.open import ExpertLike
 from mergeready.metrics.estimates import EstimatedComparison
 from mergeready.validation.check import CHECKS, LEVELS, Check, Level, Limits, NotCheckedError, Verdict
@@ -23,7 +24,7 @@ def validate(
     expert: str | Path,
     base: WeightsLike | Base | None = None,
     *,
-    peers: Sequence[ExpertLike] = (),
+    peers: Sequence[ExpertLike | Fingerprint] = (),
     evaluation: Evaluation | None = None,
     level: Level = "composition",
     thresholds: str | Path | None = None,

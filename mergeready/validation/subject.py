@@ -16,7 +16,7 @@ from mergeready.experts.adapter_folder import (
     read_adapter_config,
 )
 from mergeready.experts.base import Base
-from mergeready.experts.fingerprint import Fingerprint, is_fingerprint
+from mergeready.experts.fingerprint import Fingerprint, is_fingerprint, open_fingerprint
 from mergeready.experts.open import Expert, ExpertLike, open_expert
 from mergeready.experts.peft_config import CONFIG_NAME
 from mergeready.experts.task_vector import squared_norms
@@ -77,7 +77,7 @@ class Subject:
     Args:
         expert: Its folder or hub id.
         base: Its base; without one, only its files are checked.
-        peers: Other experts on the base.
+        peers: Other experts on the base, or their fingerprints.
         evaluation: How to look at its behaviour.
         revision: Commit, tag or branch of a hub id.
 
@@ -89,7 +89,7 @@ class Subject:
         self,
         expert: str | Path,
         base: WeightsLike | Base | None = None,
-        peers: Sequence[ExpertLike] = (),
+        peers: Sequence[ExpertLike | Fingerprint] = (),
         *,
         evaluation: Evaluation | None = None,
         revision: str | None = None,
@@ -161,11 +161,9 @@ class Subject:
         own = take_fingerprint(self.expert.vector, self.base, subspaces=False)
         return compare_fingerprints([own, *(self._fingerprint(peer) for peer in self.given_peers)])
 
-    def _fingerprint(self, peer: ExpertLike) -> Fingerprint:
-        if isinstance(peer, str | Path) and is_fingerprint(peer):
-            made = Fingerprint.load(peer)
-            self.base.identity.require_same(made.base, made.label, made.shapes)
-            return made
+    def _fingerprint(self, peer: ExpertLike | Fingerprint) -> Fingerprint:
+        if isinstance(peer, Fingerprint) or is_fingerprint(peer):
+            return open_fingerprint(peer, self.base)
         opened = open_expert(peer, self.base, strict=False)
         return take_fingerprint(opened.vector, self.base, subspaces=False)
 

@@ -84,7 +84,7 @@ def pieces(found: Sequence[Values], cuts: Sequence[float]) -> list[Chunk]:
         borders = sorted({0, count, *(int(cut * count) for cut in cuts)})
         for start, stop in pairwise(borders):
             deltas = [e[name].reshape(-1)[start:stop] for e in found]
-            chunks.append(Chunk(name, base.read_flat(name, start, stop), deltas))
+            chunks.append(Chunk(name, base.read_flat(name, start, stop), deltas, start))
     return chunks
 
 

@@ -14,7 +14,7 @@ from mergeready.errors import (
     OptionError,
 )
 from mergeready.experts import Base, dense
-from mergeready.training.peers import OpenPeer, Peer, open_peers, require_reachable
+from mergeready.training.peers import OpenPeer, Peer, open_peers, require_own_names, require_reachable
 from tests.training.small import Evaluation, Net, expert, state_of
 
 
@@ -94,12 +94,12 @@ def test_nan(base: Base) -> None:
 
 def test_equal_names(base: Base) -> None:
     with pytest.raises(OptionError, match="several peers, or a peer and this run, are called law; give them"):
-        open_peers([Peer(expert(1), name="law"), Peer(expert(2), name="law")], base)
+        require_own_names(open_peers([Peer(expert(1), name="law"), Peer(expert(2), name="law")], base))
 
 
 def test_a_peer_cannot_be_called_as_the_run_itself(base: Base) -> None:
     with pytest.raises(OptionError, match="are called own; give them names"):
-        open_peers([Peer(expert(1), name="own")], base)
+        require_own_names(open_peers([Peer(expert(1), name="own")], base))
 
 
 def test_a_peer_must_change_something_that_the_model_has(base: Base) -> None:
