@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mergeready.errors import listing
-from mergeready.experts.fingerprint import is_fingerprint
+from mergeready.experts.fingerprint import Fingerprint, is_fingerprint
 from mergeready.experts.open import ExpertLike
 from mergeready.validation.card_checks import card_fields
 from mergeready.validation.check import Limits, NotCheckedError, Result, check, failed, passed
@@ -91,6 +91,6 @@ def _declared(folder: Path) -> str | None:
     return value.lower() if isinstance(value, str) and value != "other" else None
 
 
-def _peer_licence(peer: ExpertLike) -> str | None:
+def _peer_licence(peer: ExpertLike | Fingerprint) -> str | None:
     is_folder = isinstance(peer, str | Path) and not is_fingerprint(peer) and Path(peer).is_dir()
     return _declared(Path(str(peer))) if is_folder else None
