@@ -70,9 +70,14 @@ def train(folder: Path, steps: int, watched: bool) -> dict[str, float]:
                 "labels": torch.tensor(index % 20),
             }
 
-    spent = {"seconds": 0.0, "cpu": 0.0}
+    spent = {"seconds": 0.0, "cpu": 0.0, "start_cpu": 0.0}
 
     class Timed(MergeReadyCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            cpu = time.process_time()
+            super().on_train_begin(*args, **kwargs)
+            spent["start_cpu"] += time.process_time() - cpu
+
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             wall, cpu = time.perf_counter(), time.process_time()
             super().on_step_end(*args, **kwargs)
@@ -100,6 +105,7 @@ def train(folder: Path, steps: int, watched: bool) -> dict[str, float]:
         "cpu_seconds": time.process_time() - cpu,
         "callback_seconds": spent["seconds"],
         "callback_cpu_seconds": spent["cpu"],
+        "start_cpu_seconds": spent["start_cpu"],
         "measurements": len(callback.history.metrics),
         "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "model_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
@@ -114,6 +120,7 @@ def summarise(runs: list[dict[str, float]]) -> dict[str, Any]:
     return {
         "callback_share_of_time": median(r["callback_seconds"] / r["seconds"] for r in watched),
         "callback_share_of_cpu": median(r["callback_cpu_seconds"] / r["cpu_seconds"] for r in watched),
+        "start_cpu_seconds": median(r["start_cpu_seconds"] for r in watched),
         "wall_ratio": median(r["seconds"] for r in watched) / median(r["seconds"] for r in plain),
         "cpu_ratio": median(r["cpu_seconds"] for r in watched) / median(r["cpu_seconds"] for r in plain),
         "added_memory_over_model": memory / watched[0]["model_bytes"],
