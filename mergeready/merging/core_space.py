@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from mergeready.experts.delta import Delta, LowRank
+from mergeready.experts.frame import changes_anything, device_of
 from mergeready.merging.inner import InnerLike, WrappingMethod, as_deltas, require_no_data
 from mergeready.merging.method import Place
 from mergeready.merging.registry import register
-from mergeready.merging.spectral import changes_anything, device_of, nothing
+from mergeready.merging.spectral import nothing
 
 
 @register

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from mergeready.errors import OptionError
 from mergeready.experts.delta import Delta, Dense
+from mergeready.experts.frame import all_finite
 from mergeready.experts.identity import BaseIdentity
 from mergeready.experts.task_vector import DeltaTaskVector, TaskVector
 from mergeready.merging.information import Information
 from mergeready.merging.method import MatrixMethod, MergeMethod, Place
 from mergeready.merging.parameter import merged_delta
 from mergeready.merging.registry import MethodLike, make_method, require_elementwise
-from mergeready.merging.spectral import SpectralMethod, all_finite, nothing
+from mergeready.merging.spectral import SpectralMethod, nothing
 from mergeready.weights.source import TensorInfo
 
 InnerLike = MethodLike | Mapping[str, Any]

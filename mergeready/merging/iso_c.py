@@ -6,8 +6,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from mergeready.experts.svd import thin_svd, total
 from mergeready.merging.registry import register
-from mergeready.merging.spectral import SpectralMethod, thin_svd, total
+from mergeready.merging.spectral import SpectralMethod
 
 
 @register

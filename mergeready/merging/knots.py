@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from mergeready.experts.delta import Delta
+from mergeready.experts.frame import Frame
+from mergeready.experts.svd import thin_svd
 from mergeready.merging.inner import InnerLike, WrappingMethod, as_deltas, require_no_data
 from mergeready.merging.method import Place
 from mergeready.merging.registry import register
-from mergeready.merging.spectral import Frame, nothing, thin_svd
+from mergeready.merging.spectral import nothing
 
 
 @register

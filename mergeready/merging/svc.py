@@ -11,10 +11,11 @@ from torch import Tensor
 
 from mergeready.errors import OptionError
 from mergeready.experts.delta import Delta
+from mergeready.experts.frame import Frame
+from mergeready.experts.svd import ZERO, thin_svd, total
 from mergeready.merging.inner import WrappingMethod
 from mergeready.merging.method import Place
 from mergeready.merging.registry import register
-from mergeready.merging.spectral import ZERO, Frame, thin_svd, total
 
 _LEFT_OUT = (
     1e-12  # share of ‖M‖² outside the frame: fp32 rounding leaves about 1e-14, an elementwise method far more

@@ -7,8 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from mergeready.experts.svd import polar, thin_svd
 from mergeready.merging.registry import register
-from mergeready.merging.spectral import SpectralMethod, polar, thin_svd
+from mergeready.merging.spectral import SpectralMethod
 
 
 @register

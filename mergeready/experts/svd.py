@@ -1,0 +1,63 @@
+"""Decompositions in float64 that do not see what rounding left in place of zeros."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+ZERO = 1e-6
+"""Singular values below this share of the largest count as zero: what fp32 leaves of a matrix of lower rank.
+
+Their singular vectors are arbitrary, so results must not depend on them.
+"""
+
+_CANCELLED = 1e-12  # of the norms of what was added: rounding in float64
+
+
+def thin_svd(
+    matrix: Tensor, most: int | None = None, unit: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular triples that are not zero, largest first: U (rows, k), σ (k,), Vᵀ (k, columns).
+
+    Long matrices are first reduced to a triangle: a QR decomposition costs a fraction of an SVD.
+
+    Args:
+        matrix: Any float64 matrix.
+        most: How many triples at most.
+        unit: What ``ZERO`` is a share of; the largest singular value by default.
+    """
+    rows, columns = matrix.shape
+    if rows < columns:
+        right, values, left = thin_svd(matrix.T.contiguous(), most, unit)
+        return left.T, values, right.T
+    triangle = torch.linalg.qr(matrix, mode="r").R if rows > columns else matrix
+    left, values, right = torch.linalg.svd(triangle, full_matrices=False)
+    count = int((values > ZERO * (values[0] if unit is None else unit)).sum())
+    count = count if most is None else min(count, most)
+    if rows > columns:
+        left = matrix @ (right[:count].T / values[:count])
+    return left[:, :count], values[:count], right[:count]
+
+
+def polar(matrix: Tensor) -> Tensor:
+    """The nearest partial isometry U Vᵀ, from ``matrix = U Σ Vᵀ`` without its zero singular values.
+
+    >>> polar(torch.tensor([[3.0, 0.0], [0.0, 0.5]], dtype=torch.float64)).abs()
+    tensor([[1., 0.],
+            [0., 1.]], dtype=torch.float64)
+    """
+    left, _, right = thin_svd(matrix)
+    return left @ right
+
+
+def total(changes: Iterable[Tensor]) -> Tensor:
+    """Their sum; exactly zero where they cancel but for rounding, so that noise has no directions."""
+    size, result = 0.0, None
+    for change in changes:
+        size += float(change.norm())
+        result = change if result is None else result.add_(change)
+    if result is None:
+        raise ValueError("there is nothing to add")
+    return result.zero_() if float(result.norm()) <= _CANCELLED * size else result
