@@ -12,7 +12,7 @@ from mergeready.cli.app import BaseArgument, ExpertsArgument, StrictOption, app,
 
 if TYPE_CHECKING:
     from mergeready.metrics.compare import Comparison, Pairs
-    from mergeready.metrics.estimates import EstimatedComparison
+    from mergeready.metrics.all_pairs import EstimatedComparison
 
 _CAUTION = "These are diagnostics: they predict merged quality badly. Merge and evaluate to know."
 
@@ -49,12 +49,12 @@ def compare(
 def _estimated(base: str, experts: list[str], strict: bool) -> EstimatedComparison:
     from mergeready.experts import Base, open_expert
     from mergeready.experts.fingerprint import is_fingerprint, open_fingerprint
-    from mergeready.metrics.estimates import compare_fingerprints
+    from mergeready.metrics.all_pairs import compare_fingerprints
     from mergeready.metrics.take_fingerprint import take_fingerprint
 
     opened_base = Base.open(base)
     loaded = {expert: open_fingerprint(expert, opened_base) for expert in experts if is_fingerprint(expert)}
-    budget = max(made.budget for made in loaded.values())
+    budget = min(made.budget for made in loaded.values())
     for expert in experts:
         if expert not in loaded:
             opened = open_expert(expert, opened_base, strict=strict)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mergeready.errors import BaseMismatchError, OptionError
+from mergeready.errors import BaseMismatchError
 from mergeready.experts.coordinates import coordinates
 from mergeready.experts.fingerprint import Fingerprint
 
@@ -92,62 +92,6 @@ def estimate_overlap(a: Fingerprint, b: Fingerprint) -> float:
     return total / weights if weights else math.nan
 
 
-@dataclass(frozen=True)
-class EstimatedComparison:
-    """Pairwise estimates of many experts, in the order of ``labels``.
-
-    Attributes:
-        labels: The experts.
-        norms: ‖τ‖ of each, exact.
-        cosine: Cosine by pair, a list of rows.
-        sign_conflict: Share of conflicting signs by pair, a list of rows; NaN where two share no sampled coordinate.
-    """
-
-    labels: list[str]
-    norms: list[float]
-    cosine: list[list[float]]
-    sign_conflict: list[list[float]]
-
-
-def compare_fingerprints(fingerprints: Sequence[Fingerprint], *, block: int = 2**16) -> EstimatedComparison:
-    """All pairs of many fingerprints, by matrix products over blocks of coordinates.
-
-    The same estimates as :func:`estimate_cosine` and :func:`estimate_sign_conflict`. Beside the fingerprints themselves
-    this holds one block of coordinates of all experts and the n × n results: n · block · 8 bytes.
-
-    Raises:
-        OptionError: If there are fewer than two, or their budgets differ.
-        BaseMismatchError: If their bases differ.
-    """
-    if len(fingerprints) < 2:
-        raise OptionError(f"comparing needs at least two fingerprints, not {len(fingerprints)}.")
-    first, *others = fingerprints
-    for other in others:
-        require_same_base(first, other)
-    if len({(f.budget, f.total) for f in fingerprints}) > 1:
-        raise OptionError("all fingerprints need one `budget`, so that they hold the same coordinates.")
-    count = len(fingerprints)
-    sums = {kind: torch.zeros(count, count) for kind in ("product", "balance", "both")}
-    pending: list[tuple[Tensor, Tensor]] = []
-    size = 0
-    for name in dict.fromkeys(name for f in fingerprints for name in f.norms):
-        pending.append(_columns(fingerprints, name))
-        size += pending[-1][0].shape[1]
-        if size >= block:
-            _add_products(sums, pending)
-            pending, size = [], 0
-    if pending:
-        _add_products(sums, pending)
-    norms = torch.tensor([f.norm for f in fingerprints], dtype=torch.float64)
-    cosine = (sums["product"].double() / norms[:, None] / norms[None, :]).float()
-    return EstimatedComparison(
-        labels=[f.label for f in fingerprints],
-        norms=norms.tolist(),
-        cosine=cosine.fill_diagonal_(1.0).tolist(),
-        sign_conflict=((sums["both"] - sums["balance"]) / (2 * sums["both"])).tolist(),
-    )
-
-
 def require_same_base(a: Fingerprint, b: Fingerprint) -> None:
     """Raise unless two fingerprints are of one base.
 
@@ -164,30 +108,6 @@ def require_same_base(a: Fingerprint, b: Fingerprint) -> None:
 def _common(a: Mapping[str, object], b: Mapping[str, object]) -> list[str]:
     """Names that both have, in a fixed order, so that sums round alike in every run."""
     return [name for name in a if name in b]
-
-
-def _columns(fingerprints: Sequence[Fingerprint], name: str) -> tuple[Tensor, Tensor]:
-    """One parameter's samples of all experts: scaled to their exact norms, and their weighted signs."""
-    example = next(f for f in fingerprints if name in f.samples)
-    length = len(example.samples[name])
-    values = torch.zeros(len(fingerprints), length)
-    for row, f in enumerate(fingerprints):
-        if name in f.samples:
-            values[row] = f.samples[name]
-    sampled = torch.linalg.vector_norm(values, dim=1)
-    exact = torch.tensor([f.norms.get(name, 0.0) for f in fingerprints])
-    factors = torch.where(sampled > 0, exact / sampled.clamp(min=torch.finfo(torch.float32).tiny), 0.0)
-    signs = values.sign() * math.sqrt(example.numel(name) / length)
-    return values * factors[:, None], signs
-
-
-def _add_products(sums: dict[str, Tensor], pending: Sequence[tuple[Tensor, Tensor]]) -> None:
-    values = torch.cat([columns for columns, _ in pending], dim=1)
-    sums["product"].addmm_(values, values.T)
-    signs = torch.cat([columns for _, columns in pending], dim=1)
-    sums["balance"].addmm_(signs, signs.T)
-    signs.abs_()
-    sums["both"].addmm_(signs, signs.T)
 
 
 def _aligned(a: Fingerprint, b: Fingerprint, name: str) -> tuple[Tensor, Tensor]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
-from mergeready.metrics.estimates import EstimatedComparison
+from mergeready.metrics.all_pairs import EstimatedComparison
 from mergeready.validation.check import LEVELS, SEVERITIES, Level, Severity, Verdict
 
 SCHEMA = 1
@@ -71,5 +71,5 @@ class Report:
             "levels_checked": self.levels_checked,
             "verdicts": [verdict.to_json() for verdict in self.verdicts],
             "facts": dict(self.facts),
-            "pairs": None if self.pairs is None else asdict(self.pairs),
+            "pairs": None if self.pairs is None else self.pairs.to_json(),
         }

@@ -9,7 +9,7 @@ from mergeready.errors import MergeReadyError, OptionError
 from mergeready.experts.base import Base
 from mergeready.experts.fingerprint import Fingerprint
 from mergeready.experts.open import ExpertLike
-from mergeready.metrics.estimates import EstimatedComparison
+from mergeready.metrics.all_pairs import EstimatedComparison
 from mergeready.validation.check import CHECKS, LEVELS, Check, Level, Limits, NotCheckedError, Verdict
 from mergeready.validation.evaluation import Evaluation
 from mergeready.validation.report import Report

@@ -31,7 +31,7 @@ from mergeready.merging.evaluation import (
 )
 from mergeready.merging.in_place import MergedInPlace
 from mergeready.merging.tune import TunedScale
-from mergeready.metrics.estimates import EstimatedComparison, compare_fingerprints
+from mergeready.metrics.all_pairs import EstimatedComparison, compare_fingerprints
 from mergeready.metrics.take_fingerprint import take_fingerprint
 from mergeready.validation.check import NotCheckedError
 from mergeready.validation.evaluation import OWN, Evaluation
