@@ -11,8 +11,8 @@ from rich.markup import escape
 from mergeready.cli.app import BaseArgument, ExpertsArgument, StrictOption, app, console, open_all
 
 if TYPE_CHECKING:
-    from mergeready.metrics.compare import Comparison, Pairs
     from mergeready.metrics.all_pairs import EstimatedComparison
+    from mergeready.metrics.compare import Comparison, Pairs
 
 _CAUTION = "These are diagnostics: they predict merged quality badly. Merge and evaluate to know."
 
