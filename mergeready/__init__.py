@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from mergeready.merging.tune import TunedScale, tune_scale
     from mergeready.metrics.compare import Comparison, compare
     from mergeready.metrics.inspection import Inspection, inspect
+    from mergeready.metrics.late_part import LatePart, late_part, without_late_part
+    from mergeready.metrics.prediction import Prediction, how_well_predicts
+    from mergeready.metrics.subspaces import SubspaceComparison, compare_subspaces
     from mergeready.training.activations import input_grams
     from mergeready.training.adamerging import AdaMerging, adamerging
     from mergeready.training.curvature import fisher_information
@@ -47,6 +50,9 @@ _PLACES = {
     "mergeready.merging.tune": ["TunedScale", "tune_scale"],
     "mergeready.metrics.compare": ["Comparison", "compare"],
     "mergeready.metrics.inspection": ["Inspection", "inspect"],
+    "mergeready.metrics.late_part": ["LatePart", "late_part", "without_late_part"],
+    "mergeready.metrics.prediction": ["Prediction", "how_well_predicts"],
+    "mergeready.metrics.subspaces": ["SubspaceComparison", "compare_subspaces"],
     "mergeready.training.activations": ["input_grams"],
     "mergeready.training.adamerging": ["AdaMerging", "adamerging"],
     "mergeready.training.curvature": ["fisher_information"],
@@ -83,6 +89,7 @@ __all__ = [
     "ExpertPlateau",
     "History",
     "Inspection",
+    "LatePart",
     "MergePlan",
     "MergeReadyError",
     "MergeReadyLoop",
@@ -92,17 +99,22 @@ __all__ = [
     "NormBudget",
     "Peer",
     "Picks",
+    "Prediction",
     "Probe",
     "Recalibration",
     "Schedule",
+    "SubspaceComparison",
     "Surrogates",
     "TaskVector",
     "TunedScale",
     "adamerging",
     "compare",
+    "compare_subspaces",
     "fisher_information",
+    "how_well_predicts",
     "input_grams",
     "inspect",
+    "late_part",
     "merge",
     "merge_adapters",
     "merge_folders",
@@ -112,6 +124,7 @@ __all__ = [
     "recalibrate",
     "regmean_pp",
     "tune_scale",
+    "without_late_part",
 ]
 
 
