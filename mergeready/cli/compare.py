@@ -31,7 +31,7 @@ def compare(
     Where one is a fingerprint, all pairs are estimated from fingerprints.
     """
     from mergeready.experts.fingerprint import is_fingerprint
-    from mergeready.metrics.compare import compare as compare_vectors
+    from mergeready.metrics.compare import compare_vectors
     from mergeready.metrics.heatmap import draw_heatmaps
 
     if any(is_fingerprint(expert) for expert in experts):

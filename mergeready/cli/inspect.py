@@ -19,7 +19,7 @@ def inspect(
     strict: StrictOption = True,
 ) -> None:
     """Show what one expert changed: norms by layer and group, rank, sparsity."""
-    from mergeready.metrics.inspection import inspect as inspect_vector
+    from mergeready.metrics.inspection import inspect_vector
 
     opened_base, [opened] = open_all(base, [expert], strict)
     _print_inspection(console(), opened, inspect_vector(opened.vector, opened_base.source))

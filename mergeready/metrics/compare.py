@@ -7,11 +7,14 @@ from typing import Protocol
 import torch
 
 from mergeready.errors import OptionError
+from mergeready.experts.base import Base
+from mergeready.experts.open import ExpertLike, open_expert
 from mergeready.experts.task_vector import TaskVector
 from mergeready.metrics.gram import GramAccumulator
 from mergeready.metrics.norms import NormAccumulator, norm_ratio
 from mergeready.metrics.sign_conflict import SignConflictAccumulator, chance_conflict
 from mergeready.metrics.stream import accumulate
+from mergeready.weights.open import WeightsLike
 from mergeready.weights.source import WeightSource
 
 
@@ -62,8 +65,32 @@ class Comparison:
     chance: float
 
 
+def compare(base: WeightsLike | Base, experts: Sequence[ExpertLike], *, strict: bool = True) -> Comparison:
+    """Compare experts of one base: how long their task vectors are, and how they interfere, pair by pair.
+
+    Args:
+        base: A folder or hub id, a state dict, or a module.
+        experts: At least two, of any kind, mixed as you like: folders, hub ids, adapters, state dicts, modules.
+        strict: Refuse experts whose parameter names differ from the base's; see ``open_expert``.
+
+    Raises:
+        OptionError: If there are fewer than two.
+        MergeReadyError: If one of them cannot be read, or is no expert of the base.
+
+    Example:
+        >>> base = {"layer.weight": torch.zeros(2, 2)}
+        >>> first, second = torch.tensor([[3.0, 0.0], [4.0, 0.0]]), torch.tensor([[3.0, 0.0], [-4.0, 0.0]])
+        >>> found = compare(base, [{"layer.weight": first}, {"layer.weight": second}])
+        >>> found.norms, round(found.cosine[0][1], 2)
+        ([5.0, 5.0], -0.28)
+    """
+    opened = Base.open(base)
+    vectors = [open_expert(expert, opened, strict=strict).vector for expert in experts]
+    return compare_vectors(vectors, opened.source)
+
+
 @torch.no_grad()
-def compare(vectors: Sequence[TaskVector], base: WeightSource) -> Comparison:
+def compare_vectors(vectors: Sequence[TaskVector], base: WeightSource) -> Comparison:
     """Compare task vectors in one streamed pass over all parameters that any of them changes.
 
     Raises:

@@ -6,12 +6,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergeready.experts.base import Base
 from mergeready.experts.delta import dense
+from mergeready.experts.open import ExpertLike, open_expert
 from mergeready.experts.task_vector import TaskVector, require_finite
 from mergeready.metrics.groups import group_of, layer_of
 from mergeready.metrics.norms import NormAccumulator
 from mergeready.metrics.stream import Accumulator, Chunk, accumulate
 from mergeready.metrics.top_mass import TopMassAccumulator
+from mergeready.weights.open import WeightsLike
 from mergeready.weights.source import WeightSource
 
 _ITERATIONS = 30
@@ -51,8 +54,28 @@ class _Zeros(Accumulator):
         self.sums += torch.tensor([values.numel() - int(torch.count_nonzero(values)), values.numel()])
 
 
+def inspect(base: WeightsLike | Base, expert: ExpertLike, *, strict: bool = True) -> Inspection:
+    """Measure what one expert changed.
+
+    Args:
+        base: A folder or hub id, a state dict, or a module.
+        expert: A folder, hub id, adapter, state dict or module.
+        strict: Refuse an expert whose parameter names differ from the base's; see ``open_expert``.
+
+    Raises:
+        MergeReadyError: If one of them cannot be read, or it is no expert of the base.
+
+    Example:
+        >>> found = inspect({"layer.weight": torch.zeros(2, 2)}, {"layer.weight": torch.eye(2)})
+        >>> round(found.norm, 3), found.sparsity
+        (1.414, 0.5)
+    """
+    opened = Base.open(base)
+    return inspect_vector(open_expert(expert, opened, strict=strict).vector, opened.source)
+
+
 @torch.no_grad()
-def inspect(vector: TaskVector, base: WeightSource) -> Inspection:
+def inspect_vector(vector: TaskVector, base: WeightSource) -> Inspection:
     """Measure one task vector.
 
     Raises:

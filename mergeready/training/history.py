@@ -143,13 +143,13 @@ class HistoryFile(History):
             os.fsync(file.fileno())
 
 
-def read_history(path: Path) -> History:
+def read_history(path: str | Path) -> History:
     """Read ``history.jsonl``. A last line that a crash cut short is left out.
 
     Raises:
         HistoryError: If another line cannot be understood.
     """
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
     records: list[object] = []
     for number, line in enumerate(lines[:-1], 1):  # what follows the last line break was cut short
         try:

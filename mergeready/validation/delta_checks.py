@@ -10,7 +10,7 @@ import torch
 
 from mergeready.errors import NonFiniteError, NotTrainedError, listing
 from mergeready.experts.sums import squared_norm
-from mergeready.metrics.inspection import inspect
+from mergeready.metrics.inspection import inspect_vector
 from mergeready.validation.check import Limits, NotCheckedError, Result, check, failed, passed
 from mergeready.validation.subject import Subject
 from mergeready.weights.source import chunk_ranges
@@ -126,7 +126,7 @@ def spread(subject: Subject, limits: Limits) -> Result:
     """Sparsity, mass of the largest entries and rank: what trimming and dropping methods will find."""
     if not sum(subject.squares.values()):
         raise NotCheckedError("D200 failed")
-    found = inspect(subject.expert.vector, subject.base.source)
+    found = inspect_vector(subject.expert.vector, subject.base.source)
     message = (
         f"{found.sparsity:.1%} of entries unchanged, {found.top_mass:.0%} of ‖τ‖² in the top 1 %, "
         f"rank at most {found.rank}, stable rank {found.stable_rank:.1f} on average"

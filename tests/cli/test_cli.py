@@ -17,8 +17,8 @@ from mergeready.cli.options import parse_numbers, parse_parameter
 from mergeready.errors import HistoryError
 from mergeready.experts import Base, open_expert
 from mergeready.merging import merge, method_names
-from mergeready.metrics.compare import compare
-from mergeready.metrics.inspection import inspect
+from mergeready.metrics.compare import compare_vectors
+from mergeready.metrics.inspection import inspect_vector
 from tests.models import perturb, tiny_bert, tiny_encoder
 from tests.trainers import weights_of
 
@@ -164,7 +164,7 @@ class TestCompare:
         text = succeed("compare", "base", "law", "code[bold]", "adapter")
         base = Base.open(here / "base")
         vectors = [open_expert(here / name, base).vector for name in ("law", "code[bold]", "adapter")]
-        exact = compare(vectors, base.source)
+        exact = compare_vectors(vectors, base.source)
         for index, label in enumerate(("law", "code[bold]", "adapter")):
             rows = [line for line in text.splitlines() if f" {label} " in line]
             assert len(rows) == 3
@@ -201,7 +201,7 @@ class TestInspect:
         text = succeed("inspect", expert, "--base", "base")
         base = Base.open(here / "base")
         opened = open_expert(here / expert, base)
-        exact = inspect(opened.vector, base.source)
+        exact = inspect_vector(opened.vector, base.source)
         rows = [[cell.strip() for cell in line.strip("│").split("│")][:2] for line in text.splitlines()]
         facts = dict(row for row in rows[:8] if len(row) == 2)
         assert text.splitlines()[0].strip() == expert

@@ -8,7 +8,7 @@ import pytest
 from mergeready.errors import BaseMismatchError
 from mergeready.experts import Base, open_expert
 from mergeready.experts.fingerprint import Fingerprint
-from mergeready.metrics.compare import compare
+from mergeready.metrics.compare import compare_vectors
 from tests.cli.test_cli import here, run, succeed, world
 
 __all__ = ["here", "world"]
@@ -27,7 +27,7 @@ def test_it_is_written_and_compared(here: Path, tmp_path: Path) -> None:
     assert made.label == "law"
     assert f"norm {made.norm:.4g}" in text.replace("\n", " ")
     base = Base.open("base")
-    exact = compare(
+    exact = compare_vectors(
         [open_expert(name, base).vector for name in ("law", "code[bold]", "adapter")], base.source
     )
     shown = succeed("compare", "base", tmp_path / "law.fingerprint.safetensors", "code[bold]", "adapter")

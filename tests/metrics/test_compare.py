@@ -10,7 +10,7 @@ from hypothesis import given
 from mergeready.errors import OptionError
 from mergeready.experts import BaseIdentity, DeltaTaskVector, Dense
 from mergeready.metrics import chance_conflict
-from mergeready.metrics.compare import compare
+from mergeready.metrics.compare import compare_vectors
 from mergeready.weights import StateDictSource
 from tests.metrics.chunks import Values, base_of, experts, flat, long_experts, task_vectors
 from tests.metrics.test_gram import exact_cosines
@@ -18,7 +18,7 @@ from tests.metrics.test_sign_conflict import exact_pairs, exact_together
 
 
 def check(found: list[Values]) -> None:
-    comparison = compare(task_vectors(found), base_of(found[0]))
+    comparison = compare_vectors(task_vectors(found), base_of(found[0]))
     norms = flat(found).norm(dim=1)
     assert comparison.labels == [f"expert {i}" for i in range(len(found))]
     assert comparison.norms == pytest.approx(norms.tolist(), rel=1e-6, abs=0)
@@ -48,7 +48,7 @@ def test_experts_may_change_different_parameters() -> None:
         deltas = {name: Dense(torch.full((4,), value)) for name, value in values.items()}
         return DeltaTaskVector(deltas, base.infos, BaseIdentity({}), "an expert")
 
-    comparison = compare([vector(x=1.0, y=1.0), vector(x=-1.0), vector(y=3.0)], base)
+    comparison = compare_vectors([vector(x=1.0, y=1.0), vector(x=-1.0), vector(y=3.0)], base)
     assert comparison.norms == pytest.approx([8**0.5, 2.0, 6.0])
     assert comparison.relative_norms == pytest.approx([1.0, 0.5**0.5, 4.5**0.5])  # over x and y, not z
     assert comparison.cosine[0] == pytest.approx([1.0, -(0.5**0.5), 0.5**0.5])
@@ -58,4 +58,4 @@ def test_experts_may_change_different_parameters() -> None:
 
 def test_two_are_needed() -> None:
     with pytest.raises(OptionError, match="at least two experts, not 1"):
-        compare(task_vectors(long_experts(1)), base_of(long_experts(1)[0]))
+        compare_vectors(task_vectors(long_experts(1)), base_of(long_experts(1)[0]))

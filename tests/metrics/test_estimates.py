@@ -11,7 +11,7 @@ from torch import Tensor
 from mergeready.errors import BaseMismatchError
 from mergeready.experts import Base, DeltaTaskVector, Dense, LowRank
 from mergeready.experts.fingerprint import Fingerprint
-from mergeready.metrics.compare import compare
+from mergeready.metrics.compare import compare_vectors
 from mergeready.metrics.estimates import (
     estimate_cosine,
     estimate_overlap,
@@ -60,7 +60,7 @@ def test_stated_errors_are_honest(mix: float) -> None:
     for trial in range(40):
         opened = base(trial)
         made = vectors(opened, 0, mix) if trial == 0 else vectors(opened, trial, mix)
-        exact = compare(made, opened.source)
+        exact = compare_vectors(made, opened.source)
         a, b = prints(opened, made, 4000)
         cosine, sign = estimate_cosine(a, b), estimate_sign_conflict(a, b)
         cosines.append((cosine.value - exact.cosine[0][1]) / cosine.error)
@@ -74,7 +74,7 @@ def test_stated_errors_are_honest(mix: float) -> None:
 def test_complete_samples_are_exact_up_to_rounding() -> None:
     opened = base()
     made = vectors(opened, 0, 0.3)
-    exact = compare(made, opened.source)
+    exact = compare_vectors(made, opened.source)
     a, b = prints(opened, made, 10**9)
     cosine, sign = estimate_cosine(a, b), estimate_sign_conflict(a, b)
     assert (cosine.error, sign.error) == (0.0, 0.0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from mergeready.metrics.compare import compare
+from mergeready.metrics.compare import compare_vectors
 from mergeready.metrics.heatmap import draw_heatmaps, short_labels
 from tests.metrics.chunks import base_of, task_vectors
 
@@ -14,7 +14,7 @@ from tests.metrics.chunks import base_of, task_vectors
 @pytest.mark.parametrize("zero", [False, True])
 def test_a_picture_is_drawn(tmp_path: Path, zero: bool) -> None:
     found = [{"x": torch.randn(50)}, {"x": torch.zeros(50) if zero else torch.randn(50)}]
-    draw_heatmaps(compare(task_vectors(found), base_of(found[0])), tmp_path / "picture.png")
+    draw_heatmaps(compare_vectors(task_vectors(found), base_of(found[0])), tmp_path / "picture.png")
     picture = imread(tmp_path / "picture.png")
     assert picture.shape[0] > 100
     assert picture.shape[1] > 2 * picture.shape[0]  # three panels side by side

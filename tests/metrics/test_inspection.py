@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mergeready.errors import NonFiniteError
 from mergeready.experts import BaseIdentity, Delta, DeltaTaskVector, Dense, LowRank, Rows
-from mergeready.metrics.inspection import inspect, stable_rank
+from mergeready.metrics.inspection import inspect_vector, stable_rank
 from mergeready.weights import StateDictSource
 from tests.metrics.chunks import base_of, values
 
@@ -26,7 +26,7 @@ def test_figures(seed: int, kind: str) -> None:
         "layers.1.mlp.weight": values((30, 20), kind, 0.1, seed + 1),
         "layers.1.mlp.bias": values((30,), "normal", 0.1, seed + 2),
     }
-    found = inspect(vector(**{name: Dense(t) for name, t in tensors.items()}), base_of(tensors))
+    found = inspect_vector(vector(**{name: Dense(t) for name, t in tensors.items()}), base_of(tensors))
     flat = torch.cat([t.reshape(-1).double() for t in tensors.values()])
     base = torch.cat([base_of(tensors).read(name).reshape(-1).double() for name in tensors])
     norms = {name: float(t.double().norm()) for name, t in tensors.items()}
@@ -57,14 +57,14 @@ def test_ranks_are_those_of_the_form() -> None:
     low = LowRank(torch.randn(9, 2), torch.randn(2, 9), (9, 9))
     few = Rows(torch.tensor([1, 4, 5]), torch.randn(3, 9), (9, 9))
     tensors = {"a": torch.ones(9, 9), "b": torch.ones(9, 9)}
-    assert inspect(vector(a=low, b=few), base_of(tensors)).rank == 3
-    found = inspect(vector(a=low), base_of(tensors))
+    assert inspect_vector(vector(a=low, b=few), base_of(tensors)).rank == 3
+    found = inspect_vector(vector(a=low), base_of(tensors))
     assert found.rank == 2
     assert 1 <= found.stable_rank <= 2.01
 
 
 def test_nothing_changed() -> None:
-    found = inspect(vector(a=Dense(torch.zeros(3, 3))), base_of({"a": torch.ones(3, 3)}))
+    found = inspect_vector(vector(a=Dense(torch.zeros(3, 3))), base_of({"a": torch.ones(3, 3)}))
     assert (found.norm, found.relative_norm, found.sparsity, found.rank) == (0.0, 0.0, 1.0, 0)
     assert math.isnan(found.top_mass)
     assert math.isnan(found.stable_rank)
@@ -74,4 +74,4 @@ def test_nan_is_named() -> None:
     bad = torch.ones(3, 3)
     bad[1, 1] = math.nan
     with pytest.raises(NonFiniteError, match="the expert holds NaN or infinite values in 1 parameters: a"):
-        inspect(vector(a=Dense(bad)), base_of({"a": bad}))
+        inspect_vector(vector(a=Dense(bad)), base_of({"a": bad}))
