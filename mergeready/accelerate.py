@@ -78,13 +78,15 @@ class MergeReadyLoop(loop.MergeReadyLoop):
         step: int | None = None,
         total_steps: int | None = None,
         processor: Any = None,
+        optimizer: Any = None,
     ) -> None:
         if self._loaded_without_state is not None and step is None:
             raise HistoryError(
                 f"{self._loaded_without_state} was saved without a monitor, so `step` is not known: "
                 "pass the number of optimizer steps that were taken."
             )
-        super().prepare(model, step=step, total_steps=total_steps, processor=processor)
+        prepared = self.accelerator._optimizers if optimizer is None else optimizer
+        super().prepare(model, step=step, total_steps=total_steps, processor=processor, optimizer=prepared)
 
     def step(self) -> Mapping[str, float]:
         if not self.accelerator.sync_gradients:  # a micro-batch: the optimizer took no step

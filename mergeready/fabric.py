@@ -61,10 +61,11 @@ class MergeReadyLoop(loop.MergeReadyLoop):
         step: int | None = None,
         total_steps: int | None = None,
         processor: Any = None,
+        optimizer: Any = None,
     ) -> None:
         plain: Any = model
         inner: nn.Module = plain.module if is_wrapped(plain) else model
-        super().prepare(inner, step=step, total_steps=total_steps, processor=processor)
+        super().prepare(inner, step=step, total_steps=total_steps, processor=processor, optimizer=optimizer)
 
     def _any_rank(self, stop: bool) -> bool:
         return bool(self.fabric.strategy.reduce_boolean_decision(stop, all=False))

@@ -86,6 +86,7 @@ class MergeReadyCallback(Callback):  # type: ignore[misc]  # lightning is not ty
             Path(self._folder or Path(trainer.default_root_dir) / FOLDER_NAME),
             step=trainer.global_step,
             total_steps=int(total) if 0 < total < float("inf") else None,
+            optimizers=trainer.optimizers,
             save=lambda folder: save_expert(model, folder, self._processor),
         )
         self._step = trainer.global_step

@@ -202,7 +202,7 @@ def run_fabric(world: Path, folder: Path, saving: Saving = NEVER, **changes: Any
     state = {"model": prepared, "optimizer": optimizer, "monitor": monitor}
     if checkpoint := saving.newest(folder):
         fabric.load(checkpoint, state)
-    monitor.prepare(prepared, total_steps=STEPS)
+    monitor.prepare(prepared, total_steps=STEPS, optimizer=optimizer)
     save = lambda path: fabric.save(path, state)  # noqa: E731
     _drive(monitor, prepared, optimizer, data, folder, saving, save, fabric.backward)
     return model
@@ -216,7 +216,7 @@ def run_plain(world: Path, folder: Path, saving: Saving = NEVER, **changes: Any)
     if checkpoint := saving.newest(folder):
         for name, state in torch.load(checkpoint, weights_only=True).items():
             parts[name].load_state_dict(state)
-    monitor.prepare(model, total_steps=STEPS)
+    monitor.prepare(model, total_steps=STEPS, optimizer=optimizer)
     save = lambda path: torch.save({n: part.state_dict() for n, part in parts.items()}, path)  # noqa: E731
     _drive(monitor, model, optimizer, loader(), folder, saving, save, Tensor.backward)
     return model

@@ -8,6 +8,9 @@ from rich.markup import escape
 
 from mergeready.cli.app import BaseOption, ExpertArgument, StrictOption, app, console, open_all
 
+WORTH_SAYING = 0.1
+"""Share of the norm that is rounding, above which it is said."""
+
 
 @app.command()
 def fingerprint(
@@ -36,3 +39,9 @@ def fingerprint(
         f"{path.stat().st_size / 1000:.0f} kB in {escape(str(path))}",
         highlight=False,
     )
+    if made.facts.get("resolution", 0) > WORTH_SAYING:
+        console().print(
+            f"Rounding alone would give {made.facts['resolution']:.0%} of that norm: the expert is stored in 16 bits. "
+            "Take the fingerprint from finer weights if there are any.",
+            highlight=False,
+        )

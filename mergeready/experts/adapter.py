@@ -12,6 +12,7 @@ from mergeready.errors import FormatError, MismatchError, NotTrainedError, Unsup
 from mergeready.experts.base import Base
 from mergeready.experts.delta import Delta
 from mergeready.experts.parts import LowRankPart, Part, ReplacePart, RowsPart, SumPart
+from mergeready.experts.stored import Rounded, coarsest
 from mergeready.experts.task_vector import TaskVector
 from mergeready.weights.names import match_names
 from mergeready.weights.source import TensorInfo, WeightSource
@@ -66,6 +67,14 @@ class AdapterTaskVector(TaskVector):
 
     def flat(self, name: str, start: int, stop: int, base: Tensor | None = None) -> Tensor:
         return self._parts[name].flat(start, stop)
+
+    def rounded(self) -> Mapping[str, Rounded]:
+        # Adapters are written in one format; of several, the coarsest decides what is known of a product.
+        dtype = coarsest({self.source.precision(key) for key in self.source.infos})
+        if dtype is None:
+            return {}
+        stored: dict[SlotKind, Literal["weights", "rows"]] = {"copy": "weights", "rows": "rows"}
+        return {name: Rounded(dtype, stored.get(slot.kind, "factors")) for name, slot in self.slots.items()}
 
     def __getitem__(self, name: str) -> Delta:
         return self._parts[name].delta()

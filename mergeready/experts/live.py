@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
@@ -13,7 +13,7 @@ from mergeready.experts.open import pair_with_base
 from mergeready.experts.peft_config import PeftConfig
 from mergeready.experts.peft_lora import PeftTaskVector
 from mergeready.experts.task_vector import FullTaskVector, TaskVector
-from mergeready.weights.live import LiveSource
+from mergeready.weights.live import Finer, LiveSource
 from mergeready.weights.module import ModuleSource, module_parameters, plain_name, unwrap
 from mergeready.weights.open import WeightsLike
 from mergeready.weights.ranks import Ranks
@@ -120,6 +120,11 @@ class LiveExpert:
         self.vector, self.extra = vector, self.extra + vector.extra
         self.is_sharded = own.is_sharded or self._adapter.is_sharded
         self._own, self._own_names = own, names if base is None else {}
+
+    def refine(self, find: Callable[[str, Tensor], Finer | None]) -> None:
+        """Read finer copies of the trained parameters in their place from now on; see ``LiveSource.refine``."""
+        for source in [self._own, *([] if self._adapter is None else [self._adapter])]:
+            source.refine(find, self.ranks)
 
     @contextmanager
     def base_readable(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from mergeready.errors import NonFiniteError, listing
 from mergeready.experts.delta import Delta, Dense
 from mergeready.experts.identity import BaseIdentity
+from mergeready.experts.stored import Rounded, is_coarse
 from mergeready.experts.sums import squared_norm
 from mergeready.weights.source import TensorInfo, WeightSource, chunk_ranges
 
@@ -41,6 +42,10 @@ class TaskVector(Mapping[str, Delta]):
 
         ``base`` may give the base's values there, so that several experts need not read them again.
         """
+
+    def rounded(self) -> Mapping[str, Rounded]:
+        """The parameters whose expert is known in a coarser format than fp32 only, and how it was rounded."""
+        return {}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.infos)
@@ -84,6 +89,10 @@ class FullTaskVector(TaskVector):
             base = self._base.read_flat(name, start, stop)
         base = base.to(device=fine_tuned.device, dtype=torch.float32)
         return fine_tuned - base if fine_tuned is stored else fine_tuned.sub_(base)
+
+    def rounded(self) -> Mapping[str, Rounded]:
+        dtypes = {name: self._expert.precision(own) for name, own in self._names.items()}
+        return {name: Rounded(dtype, "weights") for name, dtype in dtypes.items() if is_coarse(dtype)}
 
     def __getitem__(self, name: str) -> Dense:
         info = self.infos[name]

@@ -4,6 +4,7 @@ from mergeready.metrics.gram import GramAccumulator
 from mergeready.metrics.groups import GROUPS, group_of, layer_of
 from mergeready.metrics.growth import growth_per_step
 from mergeready.metrics.norms import NormAccumulator
+from mergeready.metrics.rounding import RoundingAccumulator
 from mergeready.metrics.sign_conflict import SignConflictAccumulator, chance_conflict
 from mergeready.metrics.stream import Accumulator, Chunk, accumulate
 from mergeready.metrics.top_mass import TopMassAccumulator
@@ -14,6 +15,7 @@ __all__ = [
     "Chunk",
     "GramAccumulator",
     "NormAccumulator",
+    "RoundingAccumulator",
     "SignConflictAccumulator",
     "TopMassAccumulator",
     "accumulate",

@@ -15,6 +15,8 @@ from mergeready.experts.coordinates import coordinates, projection, sample_count
 from mergeready.experts.fingerprint import BUDGET, Fingerprint
 from mergeready.experts.sums import squared_norm
 from mergeready.experts.task_vector import TaskVector, require_finite
+from mergeready.metrics.rounding import RoundingAccumulator
+from mergeready.metrics.stream import Chunk
 from mergeready.weights.source import TensorInfo, chunk_ranges, is_mergeable
 
 RANK = 4
@@ -46,7 +48,8 @@ def take_fingerprint(
         label: How others shall call it; the last part of its path by default, so that no local path gets out.
         budget: Coordinates of the whole model, 2 bytes each; at least 1.
         subspaces: Whether to sketch the leading right singular vectors of matrices.
-        facts: Whatever else shall be in the file, JSON-ready.
+        facts: Whatever else shall be in the file, JSON-ready. Of an expert that is stored in 16 bits, ``resolution``
+            is added: what rounding left to be seen; see ``RoundingAccumulator``.
 
     Raises:
         NonFiniteError: If it holds NaN or infinite values.
@@ -58,8 +61,10 @@ def take_fingerprint(
     total = sum(info.numel for name, info in base.source.infos.items() if is_mergeable(name, info))
     squares: dict[str, float] = {}
     samples: dict[str, Tensor] = {}
-    for name, info in vector.infos.items():
-        squares[name], samples[name] = _norm_and_samples(vector, name, info, total, budget)
+    rounded = vector.rounded()
+    rounding = RoundingAccumulator(rounded)
+    for name in vector.infos:
+        squares[name], samples[name] = _norm_and_samples(vector, base, rounding, name, total, budget)
     require_finite(vector.label, squares)
     changed = [name for name, value in squares.items() if value > 0]
     if not changed:
@@ -78,19 +83,22 @@ def take_fingerprint(
         subspaces=sketches,
         total=total,
         budget=budget,
-        facts=dict(facts or {}),
+        facts={**({"resolution": rounding.resolution()} if rounded else {}), **(facts or {})},
     )
 
 
 def _norm_and_samples(
-    vector: TaskVector, name: str, info: TensorInfo, total: int, budget: int
+    vector: TaskVector, base: Base, rounding: RoundingAccumulator, name: str, total: int, budget: int
 ) -> tuple[float, Tensor]:
+    info = vector.infos[name]
     wanted, order = torch.sort(coordinates(name, info.numel, sample_count(info.numel, total, budget)))
     values = torch.empty(len(wanted))
     square = 0.0
     for start, stop in chunk_ranges(info):
-        chunk = vector.flat(name, start, stop)
+        original = base.source.read_flat(name, start, stop).float()
+        chunk = vector.flat(name, start, stop, original)
         square += squared_norm(chunk)
+        rounding.update(Chunk(name, original.to(chunk.device), [chunk], start))
         first, last = torch.searchsorted(wanted, torch.tensor([start, stop])).tolist()
         values[order[first:last]] = chunk[(wanted[first:last] - start).to(chunk.device)].cpu()
     # As files hold them: a fingerprint in memory and the same from a file then say the same.

@@ -71,6 +71,7 @@ class MergeReadyLoop:
         step: int | None = None,
         total_steps: int | None = None,
         processor: Any = None,
+        optimizer: Any = None,
     ) -> None:
         """Bind to a model that is ready to train: wrapped, and on resume loaded. Check everything, measure references.
 
@@ -79,6 +80,8 @@ class MergeReadyLoop:
             step: Optimizer steps taken already; known without this if the state was loaded.
             total_steps: Optimizer steps that the run will take in all, so that the last one is measured.
             processor: A tokenizer or processor to save with each pick.
+            optimizer: The optimizer, or several in a list. Where it trains 16-bit parameters and keeps finer copies of
+                them, these are measured.
 
         Raises:
             OptionError: If ``step`` differs from the step of the loaded state.
@@ -98,6 +101,7 @@ class MergeReadyLoop:
             self.folder,
             step=self.steps,
             total_steps=total_steps,
+            optimizers=_as_list(optimizer),
             save=lambda folder: save_expert(model, folder, processor),
         )
 
@@ -160,3 +164,9 @@ class MergeReadyLoop:
 
     def _log_images(self) -> None:
         """Send the images to the framework's loggers that take images. Here the caller has :meth:`images`."""
+
+
+def _as_list(optimizer: Any) -> list[Any]:
+    if optimizer is None:
+        return []
+    return list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]

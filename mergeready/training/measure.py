@@ -11,6 +11,7 @@ from mergeready.metrics.gram import GramAccumulator
 from mergeready.metrics.groups import group_of, layer_of
 from mergeready.metrics.growth import growth_per_step
 from mergeready.metrics.norms import NormAccumulator, norm_ratio
+from mergeready.metrics.rounding import RoundingAccumulator
 from mergeready.metrics.samples import SampleAccumulator
 from mergeready.metrics.sign_conflict import SignConflictAccumulator
 from mergeready.metrics.stream import Accumulator, accumulate
@@ -51,8 +52,11 @@ def measure(
     top = TopMassAccumulator()
     gram = GramAccumulator(1 + len(peers), first_row_only=True)
     signs = SignConflictAccumulator(1 + len(peers), first_row_only=True)
+    rounded = live.vector.rounded()
+    rounding = RoundingAccumulator(rounded)
     samples = SampleAccumulator(live.vector.infos, sample_counts(peer.fingerprint for peer in sketched))
     accumulators: list[Accumulator] = [norms, top]
+    accumulators += [rounding] if rounded else []
     accumulators += [gram, signs] if peers else []
     accumulators += [samples] if sketched else []
     with live.readable(), live.ranks.together():
@@ -80,6 +84,8 @@ def measure(
         cosine_error={label: _finite(cosine.error) for label, (cosine, _) in estimates.items()},
         sign_conflict_error={label: _finite(conflict.error) for label, (_, conflict) in estimates.items()},
         norm_ratio=_finite(norm_ratio(norms_of_all)) if peers or sketched else None,
+        resolution=_finite(rounding.resolution()) if rounded else None,
+        unchanged=_finite(rounding.unchanged()) if rounded else None,
     )
 
 

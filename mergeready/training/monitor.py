@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from mergeready.merging.evaluation import Evaluate, Score
 from mergeready.training.agreement import agreed
 from mergeready.training.base_of_run import base_of_run
 from mergeready.training.history import History, HistoryFile
+from mergeready.training.masters import Masters, MastersLike
 from mergeready.training.measure import measure
 from mergeready.training.peers import (
     OpenPeer,
@@ -32,7 +33,7 @@ from mergeready.training.peers import (
 from mergeready.training.picks import Picks, PickStore, Save
 from mergeready.training.policies import Decision, Policy
 from mergeready.training.probe import Probe, Prober
-from mergeready.training.records import DecisionRecord, Record, ResumeRecord, StartRecord
+from mergeready.training.records import DecisionRecord, MetricsRecord, Record, ResumeRecord, StartRecord
 from mergeready.training.references import measure_references
 from mergeready.training.scalars import scalars
 from mergeready.training.schedule import Pacer, Schedule
@@ -45,6 +46,8 @@ logger = logging.getLogger("mergeready")
 
 DEFAULT_MEASURE = Schedule(every=100, time_budget=0.008)
 STATE_VERSION = 1
+WORTH_SAYING = 0.1
+"""Share of the norm that is rounding, above which it is said."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ class Monitor:
         on_stop: ``stop`` asks the framework to stop; ``record`` only notes when it would have.
         measure: When to measure the task vector.
         picks: Which checkpoints to keep; None for none.
+        masters: fp32 copies of 16-bit parameters, where the optimizer does not show them: a mapping from parameter
+            name, or a function that gives one. See :class:`~mergeready.training.masters.Masters`.
     """
 
     def __init__(
@@ -86,6 +91,7 @@ class Monitor:
         on_stop: Literal["stop", "record"] = "stop",
         measure: Schedule = DEFAULT_MEASURE,
         picks: Picks | None = None,
+        masters: MastersLike | None = None,
     ) -> None:
         if isinstance(peers, str | Path | Peer | Fingerprint | Mapping | nn.Module):
             raise OptionError("`peers` must be a sequence of experts; put a single one into a list.")
@@ -93,6 +99,7 @@ class Monitor:
             raise OptionError(f"`on_stop` must be 'stop' or 'record', not {on_stop!r}.")
         self.base, self.probe, self.stop, self.on_stop, self.picks = base, probe, stop, on_stop, picks
         self._given_peers = list(peers)
+        self._given_masters = masters
         self._measure_schedule = measure
         self.history: History = History()
         self.started = False
@@ -109,6 +116,7 @@ class Monitor:
         evaluate: Evaluate | None = None,
         metric: str | None = None,
         save: Save | None = None,
+        optimizers: Iterable[Any] = (),
     ) -> None:
         """Bind to a model that is ready to train, check everything, and take the reference measurements.
 
@@ -120,6 +128,7 @@ class Monitor:
             evaluate: The framework's own evaluation of the run's task, for probes without one.
             metric: The framework's own choice of metric, for probes without one.
             save: Writes the model of the moment as an expert; needed for picks.
+            optimizers: The training's optimizers, in which finer copies of 16-bit parameters are looked for.
 
         Raises:
             MergeReadyError: If base, peers or evaluations are not usable. Nothing was changed.
@@ -129,6 +138,8 @@ class Monitor:
         self.ranks = Ranks.world()
         self.folder = Path(folder)
         self._bind(model, step)
+        self._masters = Masters(model, optimizers, self._given_masters)
+        self._refine()
         before = time.perf_counter()
         self._prober = self._make_prober(evaluate, metric)
         self._reference_seconds = self._since(before)
@@ -164,7 +175,8 @@ class Monitor:
         records: list[Record] = []
         if self._measuring.due(step, seconds):
             began = time.perf_counter()
-            records.append(measure(self.live, self.peers, step, self.history, self.sketched))
+            self._refine()
+            records.append(self._measured(step))
             self._measuring.took(self._since(began))
         if self._probing is not None and self._probing.due(step, seconds):
             records.append(self._run_probe(step))
@@ -265,6 +277,25 @@ class Monitor:
             if peer.evaluate is not None:
                 peer.evaluate = agreed(peer.evaluate, self.ranks)
 
+    def _measured(self, step: int) -> MetricsRecord:
+        record = measure(self.live, self.peers, step, self.history, self.sketched)
+        first = not any(earlier.resolution for earlier in self.history.metrics)
+        if first and record.resolution is not None and record.resolution > WORTH_SAYING:
+            logger.warning(
+                "step %d: rounding alone would give %.0f %% of ‖τ‖, as weights exist in 16 bits only. If the training "
+                "keeps finer copies, name its optimizer, or the copies as `masters`.",
+                step,
+                100 * record.resolution,
+            )
+        return record
+
+    def _refine(self) -> None:
+        """Find the finest copies of the weights anew: optimizers make theirs late, and may replace them."""
+        if self._masters.needed:
+            with self.ranks.together():
+                self._masters.look()
+            self.live.refine(self._masters.find)
+
     def _since(self, began: float) -> float:
         """Seconds since then, by the first rank's clock: the schedule has to go on alike on all."""
         return self.ranks.same(time.perf_counter() - began)
@@ -334,6 +365,7 @@ class Monitor:
         if self._prober is None or self._probing is None:
             raise OptionError("there is no probe to run.")
         began = time.perf_counter()
+        self._refine()
         try:
             record = self._prober.run(step, self.history, known)
         except MergeReadyError as error:

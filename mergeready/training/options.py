@@ -9,6 +9,7 @@ from torch import nn
 
 from mergeready.experts.base import Base
 from mergeready.merging.evaluation import Evaluate, Values
+from mergeready.training.masters import MastersLike
 from mergeready.training.peers import Peer, PeerLike
 from mergeready.training.picks import Picks
 from mergeready.training.policies import Policy
@@ -27,6 +28,7 @@ class MonitorOptions(TypedDict, total=False):
     on_stop: Literal["stop", "record"]
     measure: Schedule
     picks: Picks | None
+    masters: MastersLike | None
 
 
 def with_defaults(options: MonitorOptions) -> MonitorOptions:

@@ -164,6 +164,7 @@ class PickStore:
                 "expert": asdict(probes[step].expert),
                 "merged": {method: result.merged for method, result in probes[step].merges.items()},
                 "surrogate": probes[step].surrogate,
+                "resolution": _resolution(history, step),
             }
             for label, step in selected.items()
         }
@@ -174,3 +175,9 @@ class PickStore:
 
 def _best_step(points: list[tuple[int, float]], sign: float) -> int:
     return max(points, key=lambda point: (sign * point[1], -point[0]))[0]
+
+
+def _resolution(history: History, step: int) -> float | None:
+    """What rounding left to be seen of the task vector when it was last measured; see ``MetricsRecord``."""
+    measured = [record for record in history.metrics if record.step <= step]
+    return measured[-1].resolution if measured else None

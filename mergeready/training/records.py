@@ -99,6 +99,9 @@ class MetricsRecord:
         cosine_error: Standard error of the cosine with each peer that is known by its fingerprint only.
         sign_conflict_error: The same of the sign conflict.
         norm_ratio: Largest over smallest norm among the run and its peers.
+        resolution: Norm that rounding alone gives τ, over ‖τ‖, where some weights exist in less than fp32 only; at 1
+            or more τ cannot be told from rounding. None where the finest copies are fp32, and while nothing changed.
+        unchanged: Share of the entries of such weights that equal the base. None as before, and for adapters.
     """
 
     kind: Literal["metrics"] = "metrics"
@@ -114,6 +117,8 @@ class MetricsRecord:
     norm_ratio: float | None = None
     cosine_error: dict[str, float | None] = field(default_factory=dict)
     sign_conflict_error: dict[str, float | None] = field(default_factory=dict)
+    resolution: float | None = None
+    unchanged: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

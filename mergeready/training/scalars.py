@@ -12,7 +12,8 @@ def scalars(record: Record) -> dict[str, float]:
 
     A probe gives ``expert`` and, per merge method, ``merged/<method>`` (``surrogate/<method>`` where synthetic
     peers stood in), ``retention/<method>`` and ``scale/<method>``. A measurement gives norms, and cosine and sign
-    conflict per peer, with their standard errors where they are estimates.
+    conflict per peer, with their standard errors where they are estimates; and where weights exist in 16 bits only,
+    what their rounding leaves to be seen.
     """
     if isinstance(record, ProbeRecord):
         values = _probe(record)
@@ -45,6 +46,8 @@ def _metrics(record: MetricsRecord) -> dict[str, float | None]:
         "relative_norm": record.relative_norm,
         "growth": record.growth,
         "norm_ratio": record.norm_ratio,
+        "resolution": record.resolution,
+        "unchanged": record.unchanged,
     }
     values |= {f"norm/{group}": value for group, value in record.groups.items()}
     values |= {f"top_mass/{share}": value for share, value in record.top_mass.items()}

@@ -80,6 +80,7 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
             step=state.global_step,
             total_steps=state.max_steps,
             evaluate=self._evaluation(trainer),
+            optimizers=[trainer.optimizer],
             save=lambda folder: save_expert(trainer.model, folder, trainer.processing_class),
         )
         # The Trainer writes this dictionary into each checkpoint; its history is a list that grows in place.

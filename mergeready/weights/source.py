@@ -67,6 +67,10 @@ class WeightSource(ABC):
             KeyError: If the source has no tensor ``name``.
         """
 
+    def precision(self, name: str) -> torch.dtype:
+        """The dtype that values are read in: the stored one, unless the source knows a finer copy."""
+        return self.infos[name].dtype
+
     def read(self, name: str) -> Tensor:
         """The whole tensor in its shape."""
         info = self.infos[name]

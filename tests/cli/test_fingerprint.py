@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from mergeready.errors import BaseMismatchError
 from mergeready.experts import Base, open_expert
@@ -61,3 +63,13 @@ def test_a_fingerprint_of_another_base_is_refused(here: Path, tmp_path: Path) ->
     done = run("compare", "stranger", tmp_path / "law.fingerprint.safetensors", "stranger")
     assert isinstance(done.exception, BaseMismatchError)
     assert "law" in str(done.exception)
+
+
+def test_experts_in_16_bits_say_so(here: Path, tmp_path: Path) -> None:
+    (tmp_path / "half").mkdir()
+    base, tuned = load_file("base/model.safetensors"), load_file("law/model.safetensors")
+    tuned = {name: torch.lerp(base[name], value, 0.01).bfloat16() for name, value in tuned.items()}
+    save_file(tuned, tmp_path / "half/model.safetensors", metadata={"format": "pt"})
+    out = ("-o", tmp_path / "x.fingerprint.safetensors")
+    assert "stored in 16 bits" in succeed("fingerprint", tmp_path / "half", "--base", "base", *out)
+    assert "stored in 16 bits" not in succeed("fingerprint", "law", "--base", "base", *out)

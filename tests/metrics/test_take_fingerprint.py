@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor
 from mergeready.errors import NonFiniteError, NotTrainedError, OptionError
 from mergeready.experts import Base, DeltaTaskVector, Dense, LowRank, open_expert
 from mergeready.experts.coordinates import coordinates, projection
+from mergeready.experts.fingerprint import Fingerprint
 from mergeready.metrics.take_fingerprint import RANK, WIDTH, take_fingerprint
 from tests.merging.worlds import adapted
 from tests.models import perturb, tiny_bert
+from tests.training.small import Net, expert, state_of
 
 
 def base_of(shapes: dict[str, tuple[int, ...]]) -> Base:
@@ -127,3 +130,19 @@ def test_a_live_model_gives_what_its_file_gives(tmp_path: object) -> None:
     b = take_fingerprint(open_expert(dict(expert.state_dict()), opened).vector, opened)
     assert a.norms == b.norms
     assert all(torch.equal(a.samples[n], b.samples[n]) for n in a.samples)
+
+
+def test_an_expert_in_16_bits_says_what_rounding_left(tmp_path: Path) -> None:
+    base, tuned = Net(), expert(1)
+    fine = take_fingerprint(open_expert(state_of(tuned), Base.open(base)).vector, Base.open(base))
+    assert "resolution" not in fine.facts
+    rounded = state_of(tuned.bfloat16())
+    made = take_fingerprint(open_expert(rounded, Base.open(base)).vector, Base.open(base), facts={"by": "us"})
+    steps = [
+        (size.view(torch.int16) + 1).view(size.dtype).double() - size.double()
+        for size in (value.abs() for value in rounded.values())
+    ]
+    expected = math.sqrt(sum(float(step.square().sum()) for step in steps) / 12) / made.norm
+    assert made.facts["resolution"] == pytest.approx(expected, rel=1e-5)
+    made.save(tmp_path / "rounded.fingerprint.safetensors")
+    assert Fingerprint.load(tmp_path / "rounded.fingerprint.safetensors").facts == made.facts

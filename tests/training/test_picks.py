@@ -144,6 +144,7 @@ def test_a_picked_step_is_saved_with_its_base_and_its_reason(tmp_path: Path) -> 
         "expert": {"value": 0.25, "n": None, "low": None, "high": None},
         "merged": {"ties": 0.5},
         "surrogate": False,
+        "resolution": None,
     }
 
 
