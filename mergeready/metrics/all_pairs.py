@@ -17,6 +17,7 @@ from torch import Tensor
 from mergeready.errors import OptionError
 from mergeready.experts.base import Base
 from mergeready.experts.fingerprint import Fingerprint
+from mergeready.metrics.compare import Pairs
 from mergeready.metrics.sampled_block import Layout, Sampled, SampledBlock, open_sampled
 from mergeready.weights.ranks import Ranks
 
@@ -73,6 +74,12 @@ class AllPairs:
     sign_conflict: Floats
     cosine_error: Floats | None = None
     sign_error: Floats | None = None
+
+    @classmethod
+    def of(cls, pairs: Pairs) -> AllPairs:
+        """The pairs of an exact comparison, which have no errors."""
+        cosine, sign_conflict = (np.array(m, dtype=np.float32) for m in (pairs.cosine, pairs.sign_conflict))
+        return cls(list(pairs.labels), np.array(pairs.norms), cosine, sign_conflict)
 
     def as_lists(self) -> EstimatedComparison:
         """As lists, for few experts."""

@@ -6,6 +6,11 @@ from typing import Any
 
 from mergeready.metrics.compare import Pairs
 
+_MOST_NUMBERS = 24
+"""Experts up to which each cell says its number."""
+_MOST_LABELS = 100
+"""Experts up to which rows and columns have names."""
+
 
 def draw_heatmaps(comparison: Pairs, path: Path) -> None:
     """Draw cosine, sign conflict and norm ratio of every pair side by side; the file's suffix is the format."""
@@ -17,13 +22,15 @@ def draw_heatmaps(comparison: Pairs, path: Path) -> None:
 
 
 def draw_pairs(figure: Any, comparison: Pairs) -> None:
-    """Fill a Matplotlib figure with the three heatmaps; it grows with the number of experts."""
+    """Fill a Matplotlib figure with the three heatmaps; it grows with the number of experts, up to a hundred."""
     labels = short_labels(comparison.labels)
     ratios = [
         [max(a, b) / min(a, b) if min(a, b) else float("inf") for b in comparison.norms]
         for a in comparison.norms
     ]
-    size = 2.4 + 0.55 * len(labels)
+    size = 2.4 + (
+        0.55 * len(labels) if len(labels) <= _MOST_NUMBERS else 0.12 * min(len(labels), _MOST_LABELS)
+    )
     figure.set_size_inches(3 * size, size + 0.6)
     panels: Any = figure.subplots(1, 3)
     _panel(panels[0], comparison.cosine, labels, "cosine", "RdBu_r", (-1.0, 1.0))
@@ -47,8 +54,12 @@ def _panel(
     axes.imshow(values, cmap=colors, vmin=limits[0], vmax=limits[1])
     axes.set_title(title, fontsize=11)
     positions = range(len(labels))
-    axes.set_xticks(positions, labels, rotation=45, ha="right")
-    axes.set_yticks(positions, labels)
+    small = {"fontsize": 6} if len(labels) > _MOST_NUMBERS else {}
+    shown = positions if len(labels) <= _MOST_LABELS else range(0)
+    axes.set_xticks(shown, [labels[i] for i in shown], rotation=45 if not small else 90, ha="right", **small)
+    axes.set_yticks(shown, [labels[i] for i in shown], **small)
+    if small:
+        return
     middle, half = (limits[0] + limits[1]) / 2, (limits[1] - limits[0]) / 2
     for row in positions:
         for column in positions:

@@ -42,14 +42,16 @@ class Sampled:
     budget: int
     given: str | Path | Fingerprint
 
-    def samples(self) -> dict[str, Tensor]:
-        """The samples by parameter, bf16 from a file, in the order of the fingerprint."""
+    def samples(self) -> Tensor:
+        """All samples one after the other, bf16 from a file."""
         if isinstance(self.given, Fingerprint):
-            return dict(self.given.samples)
+            return torch.cat(list(self.given.samples.values()))
         file = SafetensorsFile(Path(self.given))
-        counts = [sample_count(numel, self.total, self.budget) for numel in self.numels.values()]
-        values = file.read_flat("samples", 0, sum(counts))
-        return dict(zip(self.numels, torch.split(values, counts), strict=True))
+        return file.read_flat("samples", 0, sum(self.counts()))
+
+    def counts(self) -> list[int]:
+        """How many of them each parameter has."""
+        return [sample_count(numel, self.total, self.budget) for numel in self.numels.values()]
 
 
 def open_sampled(given: Sequence[str | Path | Fingerprint], base: Base | None = None) -> list[Sampled]:
@@ -140,12 +142,18 @@ class SampledBlock:
     def __init__(self, experts: Sequence[Sampled], layout: Layout) -> None:
         self.values = torch.zeros(len(experts), layout.width, dtype=torch.bfloat16)
         exact = torch.zeros(len(experts), len(layout.places), dtype=torch.float64)
+        column = {name: index for index, name in enumerate(layout.names)}
+        whole = [place.count for place in layout.places]
         for row, expert in enumerate(experts):
-            samples, norms = expert.samples(), dict(zip(expert.numels, expert.norms, strict=True))
-            for index, (name, place) in enumerate(zip(layout.names, layout.places, strict=True)):
-                if name in samples:
-                    self.values[row, place.start : place.stop] = _first(samples[name], name, place)
-                    exact[row, index] = norms[name] / max(expert.norm, math.ulp(0))
+            samples, counts = expert.samples(), expert.counts()
+            own = [column[name] for name in expert.numels]
+            exact[row, own] = torch.from_numpy(expert.norms) / max(expert.norm, math.ulp(0))
+            if own == list(range(len(whole))) and counts == whole:
+                self.values[row] = samples
+                continue
+            for name, index, piece in zip(expert.numels, own, torch.split(samples, counts), strict=True):
+                place = layout.places[index]
+                self.values[row, place.start : place.stop] = _first(piece, name, place)
         self.weights = exact.float()
         self.scales, self.fourth = torch.zeros(2, len(experts), len(layout.places))
         self._full = []
@@ -153,8 +161,8 @@ class SampledBlock:
             x = self.values[:, place.start : place.stop].float()
             norms = torch.linalg.vector_norm(x, dim=1)
             self.scales[:, index] = torch.where(norms > 0, 1 / norms, 0.0)
-            self.fourth[:, index] = (x * self.scales[:, index, None]).pow(4).sum(1)
-            self._full.append(bool((x != 0).all()))
+            self._full.append(bool(x.all()))
+            self.fourth[:, index] = x.mul_(self.scales[:, index, None]).square_().square_().sum(1)
 
     def __len__(self) -> int:
         return len(self.values)
