@@ -25,19 +25,25 @@ class _Dare(ElementwiseMethod):
     def prepare(self, vector: TaskVector, name: str, slot: int) -> int:
         return slot
 
-    def _drop(self, deltas: Sequence[Tensor], prepared: Sequence[Any], place: Place) -> None:
-        """Drop entries at random and rescale the rest by 1/density, so that the mean stays; in place."""
-        factor = 1 / kept_share(self.density)
+    def _drop(self, deltas: Sequence[Tensor], prepared: Sequence[Any], place: Place) -> float:
+        """Drop entries at random, in place, and return the factor 1/density by which what is left keeps its mean."""
+        if self.density == 1:
+            return 1.0
         for delta, slot in zip(deltas, prepared, strict=True):
-            if slot is None or self.density == 1:
-                continue
-            mask = random_mask(
-                self.density, seed=self.seed, slot=slot, name=place.name, start=place.start, stop=place.stop
-            )
-            kept = mask.view(torch.uint8).to(
-                delta.dtype
-            )  # torch converts bytes, but not booleans, several at a time
-            delta.mul_(kept.to(delta.device)).mul_(factor)
+            if slot is not None:
+                mask = random_mask(
+                    self.density,
+                    seed=self.seed,
+                    slot=slot,
+                    name=place.name,
+                    start=place.start,
+                    stop=place.stop,
+                )
+                kept = mask.view(torch.uint8).to(
+                    delta
+                )  # torch converts bytes, not booleans, several at a time
+                delta.mul_(kept)
+        return 1 / kept_share(self.density)
 
 
 @register
@@ -58,8 +64,8 @@ class DareLinear(_Dare):
     def combine(
         self, deltas: Sequence[Tensor], weights: Sequence[float], prepared: Sequence[Any], place: Place
     ) -> Tensor:
-        self._drop(deltas, prepared, place)
-        return weighted_sum(deltas, weights)
+        factor = self._drop(deltas, prepared, place)
+        return weighted_sum(deltas, weights).mul_(factor)
 
 
 @register
@@ -79,5 +85,5 @@ class DareTies(_Dare):
     def combine(
         self, deltas: Sequence[Tensor], weights: Sequence[float], prepared: Sequence[Any], place: Place
     ) -> Tensor:
-        self._drop(deltas, prepared, place)
-        return elect_and_average(deltas, weights)
+        factor = self._drop(deltas, prepared, place)
+        return elect_and_average(deltas, weights).mul_(factor)

@@ -167,7 +167,15 @@ def weighted_sum(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     Multiplied and added in separate steps: a fused multiply-add rounds differently in the vectorised and in the
     scalar part of a loop, and results would depend on how a parameter was cut into pieces.
     """
-    total = deltas[0].mul_(weights[0])
-    for delta, weight in zip(deltas[1:], weights[1:], strict=True):
-        total.add_(delta.mul_(weight))
+    parts = weighted(deltas, weights)
+    total = parts[0]
+    for part in parts[1:]:
+        total.add_(part)
     return total
+
+
+def weighted(deltas: Sequence[Tensor], weights: Sequence[float]) -> list[Tensor]:
+    """wᵢ τᵢ for each expert, in place."""
+    return [
+        delta if weight == 1 else delta.mul_(weight) for delta, weight in zip(deltas, weights, strict=True)
+    ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mergeready.experts.task_vector import TaskVector
-from mergeready.merging.method import ElementwiseMethod, Place
+from mergeready.merging.method import ElementwiseMethod, Place, weighted
 from mergeready.merging.registry import register, require_fraction
 from mergeready.merging.selection import TopK, kept_count, selection_bytes, top_k
 from mergeready.weights.source import TensorInfo
@@ -57,14 +57,16 @@ def elect_and_average(deltas: Sequence[Tensor], weights: Sequence[float]) -> Ten
     >>> elect_and_average([torch.tensor([1.0, -2.0]), torch.tensor([3.0, 1.0])], [1.0, 1.0])
     tensor([ 2., -2.])
     """
-    elected = deltas[0].mul_(weights[0]).clone()
-    for delta, weight in zip(deltas[1:], weights[1:], strict=True):
-        elected.add_(delta.mul_(weight))
+    parts = weighted(deltas, weights)
+    elected = parts[0] + parts[1] if len(parts) > 1 else parts[0].clone()
+    for part in parts[2:]:
+        elected.add_(part)
     elected.sign_()
-    total = torch.zeros_like(elected)
-    divisor = torch.zeros_like(elected)
-    for delta, weight in zip(deltas, weights, strict=True):
-        # Times the sign, what agrees is positive. Comparisons would cost several times as much as these.
-        total.add_(delta.mul_(elected).relu_())
-        divisor.add_(delta.sign_(), alpha=abs(weight))
+    # Times the sign, what agrees is positive. Comparisons would cost several times as much as these.
+    total = parts[0].mul_(elected).relu_()
+    divisor = total.sign().mul_(abs(weights[0]))
+    for part, weight in zip(parts[1:], weights[1:], strict=True):
+        total.add_(part.mul_(elected).relu_())
+        divisor.add_(part.sign_(), alpha=abs(weight))
+    total.abs_()  # no negative zeros, whose sign would depend on how a parameter was cut
     return total.mul_(elected).div_(divisor.clamp_(min=torch.finfo(torch.float32).tiny))

@@ -120,12 +120,59 @@ def numbers(start: int = 0, stop: int = COUNT, **other: object) -> Tensor:
     return torch.from_numpy(random_numbers(start=start, stop=stop, **settings).astype("int64"))
 
 
-@given(density=densities, start=st.integers(0, 300), length=st.integers(0, 300), slot=st.integers(0, 9))
-def test_a_mask_is_where_numbers_are_below_its_share(
-    density: float, start: int, length: int, slot: int
-) -> None:
-    drawn = numbers(start, start + length, slot=slot)
-    assert torch.equal(drawn < kept_share(density) * LEVELS, mask(density, start + length, start, slot=slot))
+@given(start=st.integers(0, 300), length=st.integers(0, 300), slot=st.integers(0, 9))
+def test_the_number_of_an_element_does_not_depend_on_the_piece(start: int, length: int, slot: int) -> None:
+    whole = numbers(0, 600, slot=slot)
+    assert torch.equal(numbers(start, start + length, slot=slot), whole[start : start + length])
+
+
+def chi_square(counts: Tensor, expected: Tensor) -> float:
+    """Pearson's statistic in standard deviations above its mean, which is the number of degrees of freedom."""
+    freedom = counts.numel() - 1
+    return (float(((counts - expected) ** 2 / expected).sum()) - freedom) / math.sqrt(2 * freedom)
+
+
+def kept_between(borders: list[int], **other: object) -> Tensor:
+    """How many coins are heads at each density of a rising list, given in 1/65536, but not at the one before it."""
+    kept = torch.tensor([float(mask(border / LEVELS, **other).sum()) for border in borders])
+    return torch.diff(kept, prepend=torch.zeros(1))
+
+
+@pytest.mark.parametrize("start", [0, 10**9 + 7])
+def test_all_sixteen_digits_of_a_coin_are_uniform(start: int) -> None:
+    borders = [*range(700, LEVELS, 701), LEVELS]  # 701 is odd: every digit of the density takes both values
+    counts = kept_between(borders, start=start, stop=start + COUNT)
+    widths = torch.diff(torch.tensor(borders, dtype=torch.float64), prepend=torch.zeros(1))
+    assert abs(chi_square(counts, COUNT * widths / LEVELS)) < 5
+
+
+def test_what_the_first_eight_digits_leave_open_is_decided_by_fair_coins() -> None:
+    stop = 3_000_000
+    borders = [100 * 256 + low for low in range(0, 257, 32)]
+    counts = kept_between(borders, stop=stop)[1:]
+    assert abs(chi_square(counts, torch.full((8,), stop / 2048))) < 5
+
+
+@pytest.mark.parametrize("density", [0.2, 0.5])
+def test_pairs_of_coins_are_independent(density: float) -> None:
+    """Between neighbours and far neighbours, experts, names and seeds: all four outcomes as often as they should be."""
+    drawn = mask(density)
+    others = [torch.roll(drawn, lag) for lag in (1, 2, 63, 64, 65, 128, 256, 4096)]
+    others += [mask(density, slot=1), mask(density, slot=2), mask(density, name="x"), mask(density, seed=1)]
+    share = kept_share(density)
+    pair = torch.tensor([(1 - share) ** 2, share * (1 - share), share * (1 - share), share**2])
+    for other in others:
+        counts = torch.bincount(drawn.long() * 2 + other.long(), minlength=4).double()
+        assert abs(chi_square(counts, COUNT * pair)) < 6
+
+
+def test_masks_stay_the_same_for_ever() -> None:
+    """A probe of a resumed run must draw what it drew before, with later versions too."""
+    halves, thirds = (
+        random_mask(density, seed=3, slot=1, name="x", start=0, stop=32) for density in (0.5, 0.3)
+    )
+    assert "".join("01"[int(coin)] for coin in halves) == "01100100010111010110101001100111"
+    assert "".join("01"[int(coin)] for coin in thirds) == "00000100010010010100001001000111"
 
 
 def test_numbers_are_uniform() -> None:
