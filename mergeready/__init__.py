@@ -22,6 +22,20 @@ if TYPE_CHECKING:
     from mergeready.training.activations import input_grams
     from mergeready.training.adamerging import AdaMerging, adamerging
     from mergeready.training.curvature import fisher_information
+    from mergeready.training.difficulty.cross_fit import cross_fitted_difficulty
+    from mergeready.training.difficulty.ids import collate_with_ids, with_example_ids
+    from mergeready.training.difficulty.measures import ExampleMeasures, example_measures
+    from mergeready.training.difficulty.memorization import (
+        Forgetting,
+        accuracy_by_subset,
+        auc_of_noise,
+        easy_and_hard,
+        forgetting_by_difficulty,
+    )
+    from mergeready.training.difficulty.noise import noisy_labels, with_label_noise
+    from mergeready.training.difficulty.shares import gradient_norms, share_of_hardest
+    from mergeready.training.difficulty.table import DifficultyTable
+    from mergeready.training.difficulty.tracker import Difficulty, DifficultyTracker
     from mergeready.training.history import History, read_history
     from mergeready.training.loop import MergeReadyLoop
     from mergeready.training.monitor import Monitor
@@ -56,6 +70,20 @@ _PLACES = {
     "mergeready.training.activations": ["input_grams"],
     "mergeready.training.adamerging": ["AdaMerging", "adamerging"],
     "mergeready.training.curvature": ["fisher_information"],
+    "mergeready.training.difficulty.cross_fit": ["cross_fitted_difficulty"],
+    "mergeready.training.difficulty.ids": ["collate_with_ids", "with_example_ids"],
+    "mergeready.training.difficulty.measures": ["ExampleMeasures", "example_measures"],
+    "mergeready.training.difficulty.memorization": [
+        "Forgetting",
+        "accuracy_by_subset",
+        "auc_of_noise",
+        "easy_and_hard",
+        "forgetting_by_difficulty",
+    ],
+    "mergeready.training.difficulty.noise": ["noisy_labels", "with_label_noise"],
+    "mergeready.training.difficulty.shares": ["gradient_norms", "share_of_hardest"],
+    "mergeready.training.difficulty.table": ["DifficultyTable"],
+    "mergeready.training.difficulty.tracker": ["Difficulty", "DifficultyTracker"],
     "mergeready.training.history": ["History", "read_history"],
     "mergeready.training.loop": ["MergeReadyLoop"],
     "mergeready.training.monitor": ["Monitor"],
@@ -85,8 +113,13 @@ __all__ = [
     "BaseIdentity",
     "Comparison",
     "Decision",
+    "Difficulty",
+    "DifficultyTable",
+    "DifficultyTracker",
+    "ExampleMeasures",
     "Expert",
     "ExpertPlateau",
+    "Forgetting",
     "History",
     "Inspection",
     "LatePart",
@@ -107,10 +140,18 @@ __all__ = [
     "Surrogates",
     "TaskVector",
     "TunedScale",
+    "accuracy_by_subset",
     "adamerging",
+    "auc_of_noise",
+    "collate_with_ids",
     "compare",
     "compare_subspaces",
+    "cross_fitted_difficulty",
+    "easy_and_hard",
+    "example_measures",
     "fisher_information",
+    "forgetting_by_difficulty",
+    "gradient_norms",
     "how_well_predicts",
     "input_grams",
     "inspect",
@@ -119,11 +160,15 @@ __all__ = [
     "merge_adapters",
     "merge_folders",
     "merge_plan",
+    "noisy_labels",
     "open_expert",
     "read_history",
     "recalibrate",
     "regmean_pp",
+    "share_of_hardest",
     "tune_scale",
+    "with_example_ids",
+    "with_label_noise",
     "without_late_part",
 ]
 
