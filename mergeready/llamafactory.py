@@ -25,11 +25,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mergeready.errors import FormatError, MergeReadyError
 from mergeready.training.settings import RunSettings
 from mergeready.transformers import MergeReadyCallback
+from mergeready.weights.yaml_text import read_yaml
 
 
 def run(path: Path) -> None:
@@ -39,7 +38,7 @@ def run(path: Path) -> None:
         FormatError: If the file holds no settings by name.
         OptionError: If the section is not understood. Nothing was started.
     """
-    content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content: Any = read_yaml(path)
     if not isinstance(content, dict):
         raise FormatError(f"{path} must hold settings by name, as LLaMA-Factory's YAML does.")
     settings = RunSettings.parse(content.pop("mergeready", None) or {})

@@ -26,6 +26,7 @@ from mergeready.merging.registry import MethodLike
 from mergeready.merging.rounding import RoundingLoss, rounding_sums
 from mergeready.merging.statistics import Statistics, merged_statistic
 from mergeready.merging.workers import run_bounded
+from mergeready.weights.json_file import read_json_object
 from mergeready.weights.layout import DEFAULT_SHARD_BYTES, FolderLayout
 from mergeready.weights.open import WeightsLike
 from mergeready.weights.ranks import Ranks
@@ -37,6 +38,7 @@ Progress = Callable[[int, int], None]
 """Called from any thread, one call at a time, with bytes moved so far and bytes to move."""
 
 _STOP = "stop"
+_CONFIG_NAME = "config.json"
 
 
 def merge_folders(
@@ -115,6 +117,7 @@ def merge_folders(
                 **parameters,
             )
             require_apart(output, [job.base.folder, *(expert.folder for expert in job.experts)])
+            _config_of_result(job)  # to fail before work is done, not after
             key = job_key(job)
         _require_same(ranks, job, key)
         with _shared_workspace(ranks, output, key, overwrite, job.layout) as workspace:
@@ -298,13 +301,18 @@ def _write_rest(job: MergeJob, folder: Path, entries: Sequence[Finished]) -> Non
     write_record(folder, job.base.identity, merge=facts, rounding=rounding.describe())
     write_recipe(folder, job)
     write_card(folder, job, rounding)
-    if job.dtype is not None:
-        _set_config_dtype(folder / "config.json", job.dtype)
+    config = _config_of_result(job)
+    if config is not None:
+        (folder / _CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _set_config_dtype(config: Path, dtype: torch.dtype) -> None:
-    if config.is_file():
-        content = json.loads(config.read_text(encoding="utf-8"))
-        key = "dtype" if "dtype" in content else "torch_dtype"
-        content[key] = str(dtype).removeprefix("torch.")
-        config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def _config_of_result(job: MergeJob) -> dict[str, Any] | None:
+    """The model's configuration with the output's dtype; None where the base's can be copied as it is.
+
+    Raises:
+        FormatError: If the base's cannot be read.
+    """
+    if job.dtype is None or job.base.folder is None or not (job.base.folder / _CONFIG_NAME).is_file():
+        return None
+    config = read_json_object(job.base.folder / _CONFIG_NAME)
+    return {**config, "dtype" if "dtype" in config else "torch_dtype": str(job.dtype).removeprefix("torch.")}

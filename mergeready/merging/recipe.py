@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from mergeready.errors import FormatError, OptionError
 from mergeready.merging.registry import make_method
+from mergeready.weights.yaml_text import read_yaml
 
 RECIPE_NAME = "mergeready_merge.yaml"
 _DTYPES = {
@@ -81,10 +81,7 @@ def read_recipe(path: str | Path) -> MergeRecipe:
         OptionError: If a mergekit configuration asks for what we do not have; all of it is listed.
     """
     path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise FormatError(f"{path} cannot be read as YAML ({error}).") from error
+    content = read_yaml(path)
     if isinstance(content, dict) and "merge_method" in content:
         from mergeready.merging.mergekit_yaml import from_mergekit
 

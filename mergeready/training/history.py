@@ -149,12 +149,12 @@ def read_history(path: str | Path) -> History:
     Raises:
         HistoryError: If another line cannot be understood.
     """
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    lines = Path(path).read_bytes().split(b"\n")
     records: list[object] = []
     for number, line in enumerate(lines[:-1], 1):  # what follows the last line break was cut short
         try:
-            records.append(json.loads(line))
-        except ValueError as error:
+            records.append(json.loads(line.decode("utf-8")))
+        except (ValueError, RecursionError) as error:
             raise HistoryError(f"line {number} of {path} is not JSON ({error}).") from error
     return History.from_json(records, str(path))
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from itertools import accumulate
 from typing import Any
 
-import yaml
-
-from mergeready.errors import MergeReadyError, listing
+from mergeready.errors import FormatError, MergeReadyError, listing
 from mergeready.experts.record import read_record
 from mergeready.validation.check import Limits, NotCheckedError, Result, check, failed, passed
 from mergeready.validation.subject import Subject
 from mergeready.weights.safetensors_file import SafetensorsFile
+from mergeready.weights.yaml_text import parse_yaml
 
 _FIELDS = ("base_model", "license")
 _PRIVATE = {
@@ -28,7 +26,6 @@ _PRIVATE = {
 _TEXTS = ("*.json", "*.md", "*.yaml", "*.yml", "*.txt")
 _LARGEST_TEXT = 1_000_000
 _LONGEST_FIELDS = 100_000
-_DEEPEST = 50
 
 
 @check(
@@ -94,19 +91,13 @@ def provenance(subject: Subject, limits: Limits) -> Result:
 def card_fields(text: str) -> Mapping[str, Any] | None:
     """The YAML between the first two lines of dashes of a model card; None where there is none that can be read."""
     found = re.match(r"---[ \t]*\n(.*?)\n---[ \t]*(?:\n|$)", text[:_LONGEST_FIELDS], re.DOTALL)
-    if not found or _depth(found[1]) > _DEEPEST:
+    if not found:
         return None
     try:
-        content = yaml.safe_load(found[1])
-    except (yaml.YAMLError, RecursionError, ValueError):
+        content = parse_yaml(found[1], "the card")
+    except FormatError:
         return None
     return content if isinstance(content, dict) else None
-
-
-def _depth(text: str) -> int:
-    """How deep brackets nest; a YAML reader takes time with the square of it."""
-    steps = (1 if sign in "[{" else -1 for sign in text if sign in "[]{}")
-    return max(accumulate(steps), default=0)
 
 
 def _texts(subject: Subject) -> Iterator[tuple[str, str]]:

@@ -6,9 +6,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mergeready.errors import FormatError, OptionError, listing
+from mergeready.weights.yaml_text import parse_yaml, read_yaml
 
 Thresholds = Mapping[str, Mapping[str, float]]
 
@@ -17,7 +16,7 @@ Thresholds = Mapping[str, Mapping[str, float]]
 def default_thresholds() -> Thresholds:
     """What ships with the package."""
     text = (files("mergeready.validation") / "thresholds.yaml").read_text(encoding="utf-8")
-    content: Thresholds = yaml.safe_load(text)
+    content: Thresholds = parse_yaml(text, "thresholds.yaml")
     return content
 
 
@@ -31,10 +30,7 @@ def read_thresholds(path: str | Path | None) -> Thresholds:
     known = default_thresholds()
     if path is None:
         return known
-    try:
-        given: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise FormatError(f"{path} cannot be read as YAML ({error}).") from error
+    given: Any = read_yaml(path)
     if not isinstance(given, dict) or not all(isinstance(limits, dict) for limits in given.values()):
         raise FormatError(f"{path} must map check ids to thresholds by name, as in `D201: {{outlier_z: 6}}`.")
     unknown = [

@@ -11,6 +11,7 @@ import yaml
 
 from mergeready.errors import FormatError
 from mergeready.weights.atomic import new_file
+from mergeready.weights.yaml_text import parse_yaml
 
 CARD_NAME = "README.md"
 BEGIN, END = "<!-- mergeready:begin -->", "<!-- mergeready:end -->"
@@ -93,7 +94,10 @@ def update_card(folder: Path, fields: Mapping[str, Any], section: str) -> Path:
         FormatError: If the card cannot be changed without touching what is not ours. It is as it was then.
     """
     path = folder / CARD_NAME
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    try:
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    except ValueError as error:
+        raise FormatError(f"{path} is not text in UTF-8 ({error}).") from error
     made = with_section(with_fields(text, fields), section)
     if made != text:
         with new_file(path) as temporary:
@@ -102,10 +106,7 @@ def update_card(folder: Path, fields: Mapping[str, Any], section: str) -> Path:
 
 
 def _parse(block: str) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(block)
-    except yaml.YAMLError as error:
-        raise FormatError(f"the metadata of {CARD_NAME} is not YAML ({error}).") from error
+    content = parse_yaml(block, f"the metadata of {CARD_NAME}")
     if content is None:
         return {}
     if not isinstance(content, dict):

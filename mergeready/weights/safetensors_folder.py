@@ -75,7 +75,8 @@ class SafetensorsFolder(WeightSource):
         outside = [shard for shard in shards if Path(shard).name != shard]
         if outside:
             raise FormatError(f"{index} names files outside its folder: {listing(outside)}.")
-        absent = [shard for shard in shards if not (self.path / shard).is_file()]
+        here = {path.name for path in self.path.iterdir() if path.is_file()}  # asked by name, odd ones raise
+        absent = [shard for shard in shards if shard not in here]
         if absent:
             raise FormatError(f"{index} names shards that are not there: {listing(absent)}.")
         files = {shard: SafetensorsFile(self.path / shard) for shard in shards}

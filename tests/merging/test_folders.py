@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -317,6 +318,14 @@ def test_inputs_are_checked_before_anything_is_written(world: World, tmp_path: P
     with pytest.raises(FormatError, match="nobody/nothing-of-this-name"):
         merge_folders("nobody/nothing-of-this-name", world.folders, beside)
     assert names(tmp_path) == []
+
+
+def test_a_base_whose_configuration_is_broken_is_refused_before_work(world: World, tmp_path: Path) -> None:
+    shutil.copytree(world.base_folder, tmp_path / "base")
+    (tmp_path / "base" / "config.json").write_bytes(b'{"dtype": "float32"\xff')
+    with pytest.raises(FormatError, match=r"config\.json cannot be read as JSON"):
+        merge_folders(tmp_path / "base", world.folders, output=tmp_path / "out", dtype=torch.bfloat16)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
 
 
 def test_leftovers_stay_out_unless_strict(world: World, tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_thresholds_of_ones_own(base: Path, tmp_path: Path) -> None:
         ("D201: {relative_norm: much}", OptionError, "no numbers"),
         ("D201: 3", FormatError, "must map"),
         ("- a", FormatError, "must map"),
-        ("a: [", FormatError, "cannot be read"),
+        ("a: [", FormatError, "is not YAML"),
     ],
 )
 def test_bad_thresholds(tmp_path: Path, text: str, error: type[Exception], message: str) -> None:

@@ -15,6 +15,7 @@ from mergeready.errors import UnsupportedError, listing
 from mergeready.experts.base import Base
 from mergeready.merging.adapters.changes import Changes
 from mergeready.merging.adapters.peft_output import stored_factors
+from mergeready.weights.json_file import read_json_object
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter.safetensors"
 ADAPTER_NAME = "merged"
@@ -123,5 +124,4 @@ def write_adapterhub(
 def _model_config(base: Base) -> dict[str, Any]:
     if base.folder is None or not (base.folder / "config.json").is_file():
         return {}
-    content = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
-    return content if isinstance(content, dict) else {}
+    return read_json_object(base.folder / "config.json")

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+import yaml
+
+from mergeready.errors import FormatError
+from mergeready.weights.yaml_text import MAX_ALIASES, MAX_CHARACTERS, MAX_DEPTH, parse_yaml
+
+
+def test_plain_yaml_reads_as_the_library_reads_it() -> None:
+    text = "a: [1, 2.5, null, true]\nb: &x {c: d}\ne: *x\n"
+    assert parse_yaml(text, "text") == yaml.safe_load(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a" * (MAX_CHARACTERS + 1), "longer than 1,000,000"),
+        ("[" * 100_000, f"more than {MAX_DEPTH} levels"),
+        ("{a: " * 100_000, f"more than {MAX_DEPTH} levels"),
+        ("a: &a x\nb: [" + "*a, " * (MAX_ALIASES + 1) + "]", f"more than {MAX_ALIASES} times"),
+        ("a: [1", "is not YAML"),
+        ("!!python/object/apply:os.system ['true']", "is not YAML"),
+        ("a: 2024-99-99", "is not YAML"),
+        ("a\x00b", "is not YAML"),
+    ],
+)
+def test_hostile_texts_are_refused_at_once(text: str, reason: str) -> None:
+    began = time.process_time()
+    with pytest.raises(FormatError, match=reason):
+        parse_yaml(text, "card")
+    assert time.process_time() - began < 2
+
+
+def test_exponential_aliases_are_not_followed() -> None:
+    lines = ["a0: &a0 [x, x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 13)]
+    with pytest.raises(FormatError, match="refers back"):
+        parse_yaml("\n".join(lines), "card")
