@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
+from torch import Tensor
 
 from mergeready.errors import OptionError
 from mergeready.metrics.stream import Accumulator, Chunk
 
 _SHIFT = 13  # bins are the upper 18 bits of |x|: exponent and ten bits of mantissa, 0.1 % wide
 _BINS = 1 << 18
+_OCTAVES = 1 << 8
 
 
 class TopMassAccumulator(Accumulator):
@@ -32,6 +35,26 @@ class TopMassAccumulator(Accumulator):
         self.sums[0].index_add_(0, bins, torch.ones(1, dtype=torch.float64).expand(len(bins)))
         self.sums[1].index_add_(0, bins, values.double().square_())
 
+    def add_up(self, add: Callable[[Sequence[Tensor]], None], shares: Iterable[float]) -> None:
+        """Make this the sum of several processes' accumulators, as far as some shares need it.
+
+        The bins are four megabytes, and all but those around the borders matter by their sums alone. So octaves are
+        added up first, 4 KB, then the bins of those octaves that a border falls into.
+
+        Args:
+            add: Replaces tensors by their sums over all processes.
+            shares: What ``share`` will be asked for.
+        """
+        bins = self.sums.view(2, _OCTAVES, -1)
+        octaves = bins.sum(2)
+        add([octaves])
+        needed = sorted({_border(octaves.flip(1)[0], share) for share in shares})
+        inside = bins[:, [_OCTAVES - 1 - octave for octave in needed]].clone()
+        add([inside])
+        bins.zero_()
+        bins[:, :, 0] = octaves
+        bins[:, [_OCTAVES - 1 - octave for octave in needed]] = inside
+
     def share(self, top: float) -> float:
         """Share of the squared norm in the ``top`` share of entries, such as 0.01; NaN for a zero vector.
 
@@ -44,9 +67,12 @@ class TopMassAccumulator(Accumulator):
         total = float(mass.sum())
         if total == 0:
             return math.nan
-        wanted = top * float(counts.sum())
-        seen = counts.cumsum(0)
-        border = int((seen >= wanted - 1e-9).nonzero().min())
-        before = float(seen[border] - counts[border])
-        part = (wanted - before) / float(counts[border])
+        border = _border(counts, top)
+        part = (top * float(counts.sum()) - float(counts[:border].sum())) / float(counts[border])
         return float(mass[:border].sum() + part * mass[border]) / total
+
+
+def _border(counts: Tensor, top: float) -> int:
+    """The first bin, from the largest entries down, at which the ``top`` share of entries is reached."""
+    wanted = top * float(counts.sum())
+    return int((counts.cumsum(0) >= wanted - 1e-9).nonzero().min())

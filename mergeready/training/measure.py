@@ -34,8 +34,8 @@ def measure(
 ) -> MetricsRecord:
     """Measure the live task vector against base and peers: one pass over the trained parameters.
 
-    Where there are several ranks, each reads its share of the pieces, and the sums are added up in one all-reduce:
-    every rank gets the same record.
+    Where there are several ranks, each reads its share of the pieces, and the sums are added up, some kilobytes: every
+    rank gets the same record.
 
     Args:
         live: The model in training.
@@ -61,7 +61,9 @@ def measure(
     accumulators += [samples] if sketched else []
     with live.readable(), live.ranks.together():
         accumulate([live.vector, *peers], live.base.source, accumulators, pieces=live.pieces())
-    live.ranks.add([accumulator.sums for accumulator in accumulators])
+    live.ranks.add([accumulator.sums for accumulator in accumulators if accumulator is not top])
+    if live.ranks.size > 1:
+        top.add_up(live.ranks.add, TOP_SHARES)
     require_finite("the model in training", norms.squared(0))
     norm = norms.norm(0)
     last = next((record for record in reversed(history.metrics) if record.step < step), None)

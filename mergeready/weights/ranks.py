@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mergeready import errors
-from mergeready.errors import LostRankError, MergeReadyError
+from mergeready.errors import LostRankError, MergeReadyError, UnsupportedError
 
 T = TypeVar("T")
 
@@ -59,8 +60,13 @@ class Ranks:
 
     @classmethod
     def world(cls) -> Ranks:
-        """All processes of the run. A collective the first time."""
+        """All processes of the run. A collective the first time.
+
+        Raises:
+            UnsupportedError: In a run of several XLA processes that torch.distributed does not know of.
+        """
         global _world
+        _require_no_strangers()
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return cls()
         if _world is None or _world[0] is not dist.group.WORLD:
@@ -136,6 +142,16 @@ class Ranks:
         for rank, failure in enumerate(failures):
             if failure is not None:
                 raise _rebuilt(rank, *failure)
+
+
+def _require_no_strangers() -> None:
+    """Raise where processes train together and would each take themselves for the only one."""
+    xla = sys.modules.get("torch_xla.runtime")
+    if xla is not None and xla.world_size() > 1 and not dist.is_initialized():
+        raise UnsupportedError(
+            f"this run has {xla.world_size()} XLA processes, which cannot be told from single ones here: each would "
+            "measure and write as if it were alone. Use one process with SPMD, or initialise torch.distributed."
+        )
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -53,6 +54,25 @@ def test_parts_add_up(found: list[Values], top: float, cuts: list[float], count:
     row = flat(found)[0]
     if len(row):
         check(in_parts([TopMassAccumulator() for _ in range(count)], found, cuts), row, top)
+
+
+@given(found=experts(), asked=st.lists(shares, min_size=1, max_size=3))
+def test_what_processes_tell_each_other_is_little_and_enough(found: list[Values], asked: list[float]) -> None:
+    """Of two that saw the same, the sum has the same shares."""
+    sent = 0
+
+    def double(tensors: Sequence[Tensor]) -> None:
+        nonlocal sent
+        for tensor in tensors:
+            tensor.mul_(2)
+            sent += tensor.numel() * tensor.element_size()
+
+    mass = feed(TopMassAccumulator(), found)
+    before = [mass.share(top) for top in asked]
+    mass.add_up(double, asked)
+    for top, expected in zip(asked, before, strict=True):
+        assert mass.share(top) == pytest.approx(expected, rel=1e-12, abs=0, nan_ok=True)
+    assert sent <= 4096 + len(asked) * 16384
 
 
 def test_share_of_a_large_task_vector_is_exact_to_a_millionth() -> None:

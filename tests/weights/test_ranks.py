@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from mergeready.errors import EvaluationError, MergeReadyError
+from mergeready.errors import EvaluationError, MergeReadyError, UnsupportedError
 from mergeready.weights.ranks import Ranks
 from tests.ranks import run_ranks
 
@@ -65,3 +67,15 @@ def test_alone() -> None:
     assert ranks.on_first(lambda: 3) == 3
     with pytest.raises(MergeReadyError, match=r"^as it is$"), ranks.together():
         raise MergeReadyError("as it is")
+
+
+@pytest.mark.parametrize(("count", "refused"), [(1, False), (8, True)])
+def test_processes_of_xla_that_nobody_here_knows_of(
+    monkeypatch: pytest.MonkeyPatch, count: int, refused: bool
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch_xla.runtime", SimpleNamespace(world_size=lambda: count))
+    if not refused:
+        assert Ranks.world().size == 1
+        return
+    with pytest.raises(UnsupportedError, match="8 XLA processes"):
+        Ranks.world()
