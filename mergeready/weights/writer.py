@@ -3,8 +3,9 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mergeready.errors import FormatError
-from mergeready.weights.atomic import new_folder
+from mergeready.weights.atomic import new_file, new_folder
 from mergeready.weights.layout import DEFAULT_SHARD_BYTES, FolderLayout
 from mergeready.weights.source import TensorInfo
 
@@ -186,6 +187,30 @@ class FolderWriter(AbstractContextManager["FolderWriter"]):
         except FormatError as error:
             raise FormatError(f"{self.output} cannot be finished: {error}") from error
         self._layout.write_index(self.folder)
+
+
+@contextmanager
+def write_file(
+    path: Path, infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]
+) -> Iterator[PieceWriter]:
+    """Write one safetensors file piece by piece; it takes the place of ``path`` when the block ends and all is written.
+
+    Args:
+        path: The file.
+        infos: Shape and dtype of every tensor, in the order in which the file shall hold them.
+        metadata: String metadata for its header.
+
+    Raises:
+        FormatError: If safetensors has no such dtype; at the end of the block, if some tensors were not written whole.
+    """
+    size = sum(info.nbytes for info in infos.values()) + 1
+    planned = FolderLayout.plan(infos, shard_bytes=size, metadata=metadata)
+    with new_file(path) as temporary:
+        layout = FolderLayout(planned.infos, (replace(planned.files[0], name=temporary.name),))
+        layout.create(temporary.parent)
+        with PieceWriter(temporary.parent, layout) as writer:
+            yield writer
+            writer.require_whole(infos)
 
 
 def copy_companions(source: Path, target: Path) -> None:
