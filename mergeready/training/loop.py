@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from mergeready.errors import HistoryError, OptionError
+from mergeready.training.difficulty.tracker import DifficultyTracker
 from mergeready.training.history import History
 from mergeready.training.images import run_images
 from mergeready.training.monitor import Monitor
@@ -63,6 +64,11 @@ class MergeReadyLoop:
     def history(self) -> History:
         """What was measured so far."""
         return self.monitor.history
+
+    @property
+    def difficulty(self) -> DifficultyTracker | None:
+        """What is known of the training's examples; None where difficulty is not tracked."""
+        return self.monitor.difficulty
 
     def prepare(
         self,

@@ -17,6 +17,8 @@ from mergeready.experts.live import LiveExpert
 from mergeready.merging.evaluation import Evaluate, Score
 from mergeready.training.agreement import agreed
 from mergeready.training.base_of_run import base_of_run
+from mergeready.training.difficulty.tracker import Difficulty, DifficultyTracker
+from mergeready.training.difficulty.watch import DifficultyWatch
 from mergeready.training.history import History, HistoryFile
 from mergeready.training.masters import Masters, MastersLike
 from mergeready.training.measure import measure
@@ -79,6 +81,8 @@ class Monitor:
         picks: Which checkpoints to keep; None for none.
         masters: fp32 copies of 16-bit parameters, where the optimizer does not show them: a mapping from parameter
             name, or a function that gives one. See :class:`~mergeready.training.masters.Masters`.
+        difficulty: How to track which examples are hard, True for the defaults; None for not at all. The training's
+            examples need ids: see :func:`~mergeready.training.difficulty.ids.with_example_ids`.
     """
 
     def __init__(
@@ -92,6 +96,7 @@ class Monitor:
         measure: Schedule = DEFAULT_MEASURE,
         picks: Picks | None = None,
         masters: MastersLike | None = None,
+        difficulty: Difficulty | bool | None = None,
     ) -> None:
         if isinstance(peers, str | Path | Peer | Fingerprint | Mapping | nn.Module):
             raise OptionError("`peers` must be a sequence of experts; put a single one into a list.")
@@ -100,6 +105,7 @@ class Monitor:
         self.base, self.probe, self.stop, self.on_stop, self.picks = base, probe, stop, on_stop, picks
         self._given_peers = list(peers)
         self._given_masters = masters
+        self.watch = DifficultyWatch(difficulty)
         self._measure_schedule = measure
         self.history: History = History()
         self.started = False
@@ -138,6 +144,7 @@ class Monitor:
         self.ranks = Ranks.world()
         self.folder = Path(folder)
         self._bind(model, step)
+        self.watch.start(model, self.ranks, step)
         self._masters = Masters(model, optimizers, self._given_masters)
         self._refine()
         before = time.perf_counter()
@@ -157,6 +164,11 @@ class Monitor:
         self._began = time.perf_counter() - self._reference_seconds
         self.started = True
 
+    @property
+    def difficulty(self) -> DifficultyTracker | None:
+        """What is known of the training's examples; None where difficulty is not tracked."""
+        return self.watch.tracker
+
     def on_step(self, step: int) -> Outcome:
         """After an optimizer step: measure and probe if the schedules say so, then decide.
 
@@ -166,6 +178,7 @@ class Monitor:
         Raises:
             MergeReadyError: If the model's values or an evaluation are not usable. The model is as it was.
         """
+        self.watch.took_step(step)
         if self._saving:
             self.on_save()
         pacers = [pacer for pacer in (self._measuring, self._probing) if pacer is not None]
@@ -214,6 +227,7 @@ class Monitor:
     def finish(self) -> dict[str, Any]:
         """At the end: remove what is not picked, write ``summary.json`` and return its content."""
         self.on_save()
+        self.watch.finish(self.folder)
         return self.ranks.on_first(self._write_summary)
 
     def _write_summary(self) -> dict[str, Any]:
@@ -236,8 +250,11 @@ class Monitor:
         return summary
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs, JSON-ready: the history. Everything else is a function of it."""
-        return {"version": STATE_VERSION, "history": self.history.to_json()}
+        """All that a resumed run needs, JSON-ready: the history. Everything else is a function of it.
+
+        Where difficulty is tracked, that of each example, too; a collective then.
+        """
+        return {"version": STATE_VERSION, "history": self.history.to_json()} | self.watch.state()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue the history of an earlier run; call before :meth:`start`.
@@ -253,6 +270,7 @@ class Monitor:
         if not isinstance(records, list | tuple):
             raise HistoryError("the saved monitor state holds no history.")
         self._restored = History.from_json(records)
+        self.watch.load(state)
 
     def _bind(self, model: nn.Module, step: int) -> None:
         """Open base and peers, on every rank alike."""

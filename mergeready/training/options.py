@@ -9,6 +9,7 @@ from torch import nn
 
 from mergeready.experts.base import Base
 from mergeready.merging.evaluation import Evaluate, Values
+from mergeready.training.difficulty.tracker import Difficulty
 from mergeready.training.masters import MastersLike
 from mergeready.training.peers import Peer, PeerLike
 from mergeready.training.picks import Picks
@@ -29,6 +30,7 @@ class MonitorOptions(TypedDict, total=False):
     measure: Schedule
     picks: Picks | None
     masters: MastersLike | None
+    difficulty: Difficulty | bool | None
 
 
 def with_defaults(options: MonitorOptions) -> MonitorOptions:

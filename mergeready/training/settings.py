@@ -12,6 +12,7 @@ from mergeready.errors import OptionError
 from mergeready.merging.evaluation import Evaluate
 from mergeready.merging.method import MergeMethod
 from mergeready.merging.registry import make_method
+from mergeready.training.difficulty.tracker import Difficulty
 from mergeready.training.monitor import DEFAULT_MEASURE
 from mergeready.training.options import MonitorOptions
 from mergeready.training.picks import Picks
@@ -90,6 +91,7 @@ class RunSettings(BaseModel):
         on_stop: ``stop``, or ``record`` to only note when the run would have stopped.
         measure: When to measure the task vector.
         picks: Which checkpoints to keep; False for none.
+        difficulty: Whether, or how, to track which examples are hard.
 
     Example:
         >>> settings = RunSettings.parse({
@@ -110,6 +112,7 @@ class RunSettings(BaseModel):
     on_stop: Literal["stop", "record"] = "stop"
     measure: Schedule = DEFAULT_MEASURE
     picks: Picks | Literal[False] = Picks()
+    difficulty: bool | Difficulty = False
 
     @classmethod
     def parse(cls, content: Mapping[str, Any]) -> RunSettings:
@@ -137,6 +140,7 @@ class RunSettings(BaseModel):
             "on_stop": self.on_stop,
             "measure": self.measure,
             "picks": self.picks or None,
+            "difficulty": self.difficulty or None,
         }
 
 

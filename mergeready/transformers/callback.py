@@ -15,6 +15,7 @@ from mergeready.training.monitor import Monitor, Outcome
 from mergeready.training.options import MonitorOptions, with_defaults
 from mergeready.training.save import save_expert
 from mergeready.training.scalars import PREFIX
+from mergeready.transformers.difficulty import carry_ids, require_ids
 from mergeready.transformers.evaluation import evaluate_with
 from mergeready.transformers.find import calling_trainer
 from mergeready.transformers.images import log_images
@@ -42,6 +43,7 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         on_stop: ``stop``, or ``record`` to only note when the run would have stopped.
         measure: When to measure the task vector.
         picks: Which checkpoints to keep; None for none.
+        difficulty: True to track which training examples are hard; the examples get their ids by themselves.
 
     Example:
         >>> from mergeready import MergedPlateau, Probe
@@ -54,6 +56,7 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         self._options = with_defaults(options)
         self.monitor = Monitor(**self._options)
         self._trainer: weakref.ref[Trainer] | None = None
+        self._entry: dict[str, Any] = {"attributes": {}}
 
     @property
     def history(self) -> History:
@@ -65,12 +68,21 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         self._trainer = weakref.ref(trainer)
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)
+        if self.monitor.difficulty is not None:
+            carry_ids(trainer)
         return self
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # Before the Trainer makes its data loaders.
+        if self.monitor.difficulty is not None:
+            carry_ids(self._find_trainer())
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         trainer = self._find_trainer()
         self._require_order(args, trainer)
         self.monitor = Monitor(**self._options)
+        if self.monitor.difficulty is not None:
+            require_ids(trainer)
         entry = state.stateful_callbacks.setdefault(STATE_KEY, {"args": {}, "attributes": {}})
         if state.global_step and entry["attributes"]:
             self.monitor.load_state_dict(entry["attributes"])
@@ -84,14 +96,21 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
             save=lambda folder: save_expert(trainer.model, folder, trainer.processing_class),
         )
         # The Trainer writes this dictionary into each checkpoint; its history is a list that grows in place.
+        self._entry = entry
         entry["attributes"] = self.monitor.state_dict()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._report(self.monitor.on_step(state.global_step), control)
+        self._before_saving(control.should_save)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._before_saving(control.should_save)
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **_: Any
     ) -> None:
+        # Whether the Trainer saves may depend on this evaluation.
+        self._before_saving(self.monitor.started)
         if metrics is None or not _drives_best_model(args) or not self.monitor.started:
             return
         self._report(self.monitor.probe_now(state.global_step), control)
@@ -119,6 +138,11 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.monitor.finish()
+
+    def _before_saving(self, due: bool) -> None:
+        """Put the difficulties of this moment into what the Trainer is about to write; they do not grow in place."""
+        if due and self.monitor.difficulty is not None:
+            self._entry["attributes"].update(self.monitor.watch.state())
 
     def _report(self, outcome: Outcome, control: Any) -> None:
         if outcome.scalars:

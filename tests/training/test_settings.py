@@ -27,6 +27,7 @@ def test_nothing_given_is_what_a_callback_does_by_default() -> None:
         "on_stop": "stop",
         "measure": DEFAULT_MEASURE,
         "picks": Picks(),
+        "difficulty": None,
     }
     Monitor(**found)
 

@@ -80,6 +80,11 @@ def collate_with_ids(collate: Callable[[Sequence[Any]], Any] | None = None) -> C
     return _Collator(_torch_s_own if collate is None else collate)
 
 
+def carries_ids(collate: object) -> bool:
+    """Whether a collator is one of :func:`collate_with_ids`."""
+    return isinstance(collate, _Collator)
+
+
 def _torch_s_own(examples: Sequence[Any]) -> Any:
     return default_collate(list(examples))
 

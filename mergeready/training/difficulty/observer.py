@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -12,6 +13,7 @@ from mergeready.training.difficulty.tracker import DifficultyTracker
 from mergeready.weights.module import unwrap
 
 _OURS = (ID_FIELD, LABEL_FIELD)
+_observers: WeakKeyDictionary[nn.Module, ForwardObserver] = WeakKeyDictionary()
 
 
 class ForwardObserver:
@@ -53,6 +55,10 @@ class ForwardObserver:
                 "difficulty cannot be tracked under DataParallel: use one process a device, as torchrun makes them."
             )
         inner = unwrap(model)
+        earlier = _observers.get(inner)
+        if earlier is not None:  # of a run that ended in the middle
+            earlier.remove()
+        _observers[inner] = self
         self._tracker, self._shifts = tracker, _is_causal(inner)
         self._ids: Tensor | None = None
         self._labels: Tensor | None = None
@@ -66,6 +72,9 @@ class ForwardObserver:
             for module in inner.modules()
             if isinstance(module, nn.Linear) and module is not inner
         ]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ForwardObserver:
+        return self  # copies of the model, such as averages of its weights, need no tracker of their own
 
     def remove(self) -> None:
         """Take the hooks off."""

@@ -201,15 +201,17 @@ class DifficultyTracker:
     def write(self, folder: Path) -> None:
         """Write ``difficulty.parquet`` and ``difficulty_steps.json``, on the first rank. A collective."""
         table, steps = self.table(), self.steps()
-        if not self.ranks.is_first:
-            return
-        table.write(folder / TABLE_NAME)
         plain = {
             name: [None if value != value else value for value in values.tolist()]  # NaN is no JSON
             for name, values in steps.items()
         }
-        with new_file(folder / STEPS_NAME) as temporary:
-            temporary.write_text(json.dumps(plain, allow_nan=False) + "\n", encoding="utf-8")
+
+        def on_disk() -> None:
+            table.write(folder / TABLE_NAME)
+            with new_file(folder / STEPS_NAME) as temporary:
+                temporary.write_text(json.dumps(plain, allow_nan=False) + "\n", encoding="utf-8")
+
+        self.ranks.on_first(on_disk)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs, JSON-ready: some 50 to 100 bytes an example. Settles first."""
