@@ -1,0 +1,70 @@
+"""Two ranks, started as users start them, one of which is killed: resumed, the run ends as an uninterrupted one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.training.small import Net, expert, save
+
+pytestmark = pytest.mark.slow
+
+LAUNCHERS = {
+    # Without an accelerator `--multi_gpu` starts processes as torchrun does; the script itself asks for the CPU.
+    "accelerate": [
+        *("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+        *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m"),
+    ],
+    "fabric": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"],
+}
+
+
+def launch(name: str, world: Path, folder: Path, kill_at: int = 0, resume: Path | None = None) -> int:
+    arguments = [name, str(world), str(folder), str(kill_at), str(resume or "")]
+    command = [sys.executable, "-m", *LAUNCHERS[name], "tests.launched", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
+    assert kill_at or done.returncode == 0, done.stderr[-3000:]
+    return done.returncode
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Experts, and a run that nothing interrupted; shells differ in nothing that it leaves."""
+    world = tmp_path_factory.mktemp("world")
+    save(Net(), world / "base")
+    save(expert(2), world / "peer")
+    launch("accelerate", world, world / "whole")
+    return world
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_a_launched_run_that_is_killed_and_resumed_equals_an_uninterrupted_one(
+    world: Path, tmp_path: Path, name: str
+) -> None:
+    whole, cut = world / "whole", tmp_path
+    assert launch(name, world, cut, kill_at=7) != 0
+    assert not (cut / "weights.pt").exists()
+    lines = (cut / "mergeready/history.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["step"] == 6  # beyond the checkpoint, and to be taken back
+    launch(name, world, cut, resume=cut / "checkpoint-4")
+    ours, expected = torch.load(cut / "weights.pt"), torch.load(whole / "weights.pt")
+    assert all(torch.equal(value, expected[key]) for key, value in ours.items())
+    assert not torch.equal(expected["head.weight"], Net().head.weight)
+    left, right = files(cut / "mergeready"), files(whole / "mergeready")
+    assert left[Path("history.jsonl")] == right[Path("history.jsonl")]
+    assert left.keys() - right.keys() <= {Path("history.superseded.jsonl")}
+    picks = [path for path in right if path.parts[0] == "picks"]
+    assert picks
+    assert all(left[path] == right[path] for path in picks)
