@@ -21,6 +21,8 @@ from mergeready.weights.names import match_names
 from mergeready.weights.open import WeightsLike, open_weights, resolve_folder
 from mergeready.weights.source import WeightSource, chunk_ranges, is_mergeable
 
+_EXPERTS = ".experts."
+
 
 @dataclass(frozen=True)
 class Expert:
@@ -194,8 +196,8 @@ def pair_with_base(
         when ``strict``.
 
     Raises:
-        MismatchError: If shapes differ, no name is common, two different tensors stand for one of the base, or
-            ``strict`` and names are left over; all are listed at once.
+        MismatchError: If shapes differ, no name is common, two different tensors stand for one of the base, a mixture's
+            experts are stacked in one of the two only, or ``strict`` and names are left over; all are listed at once.
     """
     own = {name: info for name, info in source.infos.items() if is_mergeable(name, info)}
     theirs = {name: info for name, info in base.source.infos.items() if is_mergeable(name, info)}
@@ -208,6 +210,12 @@ def pair_with_base(
             problems.append(f"{name} is {own[name].shape}, in the base {theirs[base_name].shape}")
         elif first != name and not _equal(source, first, name):
             problems.append(f"{first} and {name} differ, and are one parameter in the base")
+    if _stacked_in_one(match.extra, match.missing):
+        problems.append(
+            f"experts of a mixture are stacked in one of the two and apart in the other, such as "
+            f"{listing([n for n in match.extra if _EXPERTS in n], 2)} (transformers 5 stacks them as it loads; open "
+            "base, expert and peers all as loaded models, or all from folders)"
+        )
     if not names:
         problems = [f"no parameter name of the base occurs ({listing(theirs, 3)})"]
     elif strict:
@@ -218,6 +226,11 @@ def pair_with_base(
     if strict:
         _refuse_extra(source.label, match.extra, base)
     return names, match.extra, match.missing
+
+
+def _stacked_in_one(extra: Sequence[str], missing: Sequence[str]) -> bool:
+    """Whether both sides have experts that the other lacks: they would count as unchanged, and be most of the model."""
+    return any(_EXPERTS in name for name in extra) and any(_EXPERTS in name for name in missing)
 
 
 def _equal(source: WeightSource, first: str, second: str) -> bool:
