@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mergeready.errors import MergeReadyError
     from mergeready.experts import Base, BaseIdentity, Expert, TaskVector, open_expert
+    from mergeready.experts.factors import KroneckerFactors, sum_factors
     from mergeready.merging import MergedInPlace, MergePlan, merge, merge_adapters, merge_folders, merge_plan
     from mergeready.merging.tune import TunedScale, tune_scale
     from mergeready.metrics.compare import Comparison, compare
@@ -37,7 +38,11 @@ if TYPE_CHECKING:
     from mergeready.training.difficulty.table import DifficultyTable
     from mergeready.training.difficulty.tracker import Difficulty, DifficultyTracker
     from mergeready.training.history import History, read_history
+    from mergeready.training.kronecker import kronecker_factors, write_factors
     from mergeready.training.loop import MergeReadyLoop
+    from mergeready.training.lora_start import share_lora_a, start_orthogonal
+    from mergeready.training.lowest_fisher import lowest_fisher
+    from mergeready.training.many_shot import ManyShot, many_shot
     from mergeready.training.monitor import Monitor
     from mergeready.training.peers import Peer
     from mergeready.training.picks import Picks
@@ -47,6 +52,7 @@ if TYPE_CHECKING:
     from mergeready.training.regmean_pp import regmean_pp
     from mergeready.training.schedule import Schedule
     from mergeready.training.surrogates import Surrogates
+    from mergeready.training.train_only import train_only
 
 __version__ = "0.1.0"
 
@@ -85,6 +91,12 @@ _PLACES = {
     "mergeready.training.difficulty.table": ["DifficultyTable"],
     "mergeready.training.difficulty.tracker": ["Difficulty", "DifficultyTracker"],
     "mergeready.training.history": ["History", "read_history"],
+    "mergeready.experts.factors": ["KroneckerFactors", "sum_factors"],
+    "mergeready.training.kronecker": ["kronecker_factors", "write_factors"],
+    "mergeready.training.lora_start": ["share_lora_a", "start_orthogonal"],
+    "mergeready.training.lowest_fisher": ["lowest_fisher"],
+    "mergeready.training.many_shot": ["ManyShot", "many_shot"],
+    "mergeready.training.train_only": ["train_only"],
     "mergeready.training.loop": ["MergeReadyLoop"],
     "mergeready.training.monitor": ["Monitor"],
     "mergeready.training.peers": ["Peer"],
@@ -122,7 +134,9 @@ __all__ = [
     "Forgetting",
     "History",
     "Inspection",
+    "KroneckerFactors",
     "LatePart",
+    "ManyShot",
     "MergePlan",
     "MergeReadyError",
     "MergeReadyLoop",
@@ -155,7 +169,10 @@ __all__ = [
     "how_well_predicts",
     "input_grams",
     "inspect",
+    "kronecker_factors",
     "late_part",
+    "lowest_fisher",
+    "many_shot",
     "merge",
     "merge_adapters",
     "merge_folders",
@@ -165,11 +182,16 @@ __all__ = [
     "read_history",
     "recalibrate",
     "regmean_pp",
+    "share_lora_a",
     "share_of_hardest",
+    "start_orthogonal",
+    "sum_factors",
+    "train_only",
     "tune_scale",
     "with_example_ids",
     "with_label_noise",
     "without_late_part",
+    "write_factors",
 ]
 
 
