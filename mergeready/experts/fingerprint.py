@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from mergeready.errors import FormatError, MismatchError, listing
@@ -88,7 +88,7 @@ class Fingerprint:
         }
         metadata = {"format": "pt", "mergeready.fingerprint": SCHEMA, "mergeready.about": json.dumps(about)}
         with new_file(Path(path)) as temporary:
-            save_file(tensors, temporary, metadata=metadata)
+            temporary.write_bytes(save(tensors, metadata=metadata))
         return Path(path)
 
     @classmethod
