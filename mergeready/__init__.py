@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from mergeready.training.regmean_pp import regmean_pp
     from mergeready.training.schedule import Schedule
     from mergeready.training.surrogates import Surrogates
+    from mergeready.training.techniques.drift_penalty import DriftPenalty
     from mergeready.training.train_only import train_only
 
 __version__ = "0.1.0"
@@ -114,6 +115,7 @@ _PLACES = {
     "mergeready.training.regmean_pp": ["regmean_pp"],
     "mergeready.training.schedule": ["Schedule"],
     "mergeready.training.surrogates": ["Surrogates"],
+    "mergeready.training.techniques.drift_penalty": ["DriftPenalty"],
 }
 _PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
 
@@ -128,6 +130,7 @@ __all__ = [
     "Difficulty",
     "DifficultyTable",
     "DifficultyTracker",
+    "DriftPenalty",
     "ExampleMeasures",
     "Expert",
     "ExpertPlateau",

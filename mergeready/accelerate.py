@@ -10,6 +10,7 @@ from typing import Any, Unpack
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mergeready.errors import HistoryError, OptionError
@@ -19,6 +20,7 @@ from mergeready.weights.atomic import new_file
 
 FOLDER_NAME = "mergeready"
 STATE_NAME = "mergeready.json"
+TENSORS_NAME = "mergeready_techniques.safetensors"
 
 
 class MergeReadyLoop(loop.MergeReadyLoop):
@@ -32,8 +34,8 @@ class MergeReadyLoop(loop.MergeReadyLoop):
     Args:
         accelerator: The run's accelerator.
         folder: Where history, picks and summary go; ``<project_dir>/mergeready`` by default.
-        **options: ``base``, ``peers``, ``probe``, ``stop``, ``on_stop``, ``measure`` and ``picks``, as
-            :class:`~mergeready.training.monitor.Monitor` takes them. A probe needs its ``evaluate``.
+        **options: ``base``, ``peers``, ``probe``, ``stop``, ``on_stop``, ``measure`` ``picks`` and
+            ``techniques``, as :class:`~mergeready.training.monitor.Monitor` takes them. A probe needs its ``evaluate``.
 
     Raises:
         OptionError: If there is neither a folder nor a project folder.
@@ -79,14 +81,21 @@ class MergeReadyLoop(loop.MergeReadyLoop):
         total_steps: int | None = None,
         processor: Any = None,
         optimizer: Any = None,
+        scaler: Any = None,
     ) -> None:
         if self._loaded_without_state is not None and step is None:
             raise HistoryError(
                 f"{self._loaded_without_state} was saved without a monitor, so `step` is not known: "
                 "pass the number of optimizer steps that were taken."
             )
-        prepared = self.accelerator._optimizers if optimizer is None else optimizer
-        super().prepare(model, step=step, total_steps=total_steps, processor=processor, optimizer=prepared)
+        super().prepare(
+            model,
+            step=step,
+            total_steps=total_steps,
+            processor=processor,
+            optimizer=self.accelerator._optimizers if optimizer is None else optimizer,
+            scaler=scaler or self.accelerator.scaler,
+        )
 
     def step(self) -> Mapping[str, float]:
         if not self.accelerator.sync_gradients:  # a micro-batch: the optimizer took no step
@@ -97,7 +106,11 @@ class MergeReadyLoop(loop.MergeReadyLoop):
         if not self.monitor.started:
             return
         state = self.state_dict()
+        tensors = state.pop("tensors", None)
         if self.accelerator.is_main_process:
+            if tensors:
+                with new_file(Path(output_dir) / TENSORS_NAME) as temporary:
+                    save_file(tensors, temporary)
             with new_file(Path(output_dir) / STATE_NAME) as temporary:
                 temporary.write_text(json.dumps(state, allow_nan=False), encoding="utf-8")
 
@@ -105,9 +118,11 @@ class MergeReadyLoop(loop.MergeReadyLoop):
         path = Path(input_dir) / STATE_NAME
         found = self.accelerator.is_main_process and path.exists()
         # All processes take what the main one reads: it alone wrote the file, perhaps on another machine.
-        [text] = broadcast_object_list([path.read_text(encoding="utf-8") if found else None])
+        beside = path.with_name(TENSORS_NAME)
+        tensors = load_file(beside) if found and beside.is_file() else None
+        text, tensors = broadcast_object_list([path.read_text(encoding="utf-8") if found else None, tensors])
         if text is not None:
-            self.load_state_dict(json.loads(text))
+            self.load_state_dict(json.loads(text) | ({"tensors": tensors} if tensors else {}))
         else:
             self._loaded_without_state = path.parent
 

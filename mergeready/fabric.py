@@ -28,8 +28,8 @@ class MergeReadyLoop(loop.MergeReadyLoop):
     Args:
         fabric: The run's Fabric.
         folder: Where history, picks and summary go; one folder a run.
-        **options: ``base``, ``peers``, ``probe``, ``stop``, ``on_stop``, ``measure`` and ``picks``, as
-            :class:`~mergeready.training.monitor.Monitor` takes them. A probe needs its ``evaluate``.
+        **options: ``base``, ``peers``, ``probe``, ``stop``, ``on_stop``, ``measure`` ``picks`` and
+            ``techniques``, as :class:`~mergeready.training.monitor.Monitor` takes them. A probe needs its ``evaluate``.
 
     Example:
         >>> import torch
@@ -62,10 +62,18 @@ class MergeReadyLoop(loop.MergeReadyLoop):
         total_steps: int | None = None,
         processor: Any = None,
         optimizer: Any = None,
+        scaler: Any = None,
     ) -> None:
         plain: Any = model
         inner: nn.Module = plain.module if is_wrapped(plain) else model
-        super().prepare(inner, step=step, total_steps=total_steps, processor=processor, optimizer=optimizer)
+        super().prepare(
+            inner,
+            step=step,
+            total_steps=total_steps,
+            processor=processor,
+            optimizer=optimizer,
+            scaler=scaler or getattr(self.fabric.strategy.precision, "scaler", None),
+        )
 
     def _any_rank(self, stop: bool) -> bool:
         return bool(self.fabric.strategy.reduce_boolean_decision(stop, all=False))

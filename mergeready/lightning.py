@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from mergeready.errors import OptionError
+from mergeready.errors import OptionError, UnsupportedError, listing
 from mergeready.fabric import log_images
 from mergeready.training.history import History
 from mergeready.training.images import run_images
@@ -18,6 +18,7 @@ from mergeready.training.monitor import Monitor, Outcome
 from mergeready.training.options import MonitorOptions, evaluating_inside, with_defaults
 from mergeready.training.save import save_expert
 from mergeready.training.scalars import PREFIX
+from mergeready.training.techniques.technique_set import TechniqueSet
 
 FOLDER_NAME = "mergeready"
 
@@ -35,8 +36,8 @@ class MergeReadyCallback(Callback):  # type: ignore[misc]  # lightning is not ty
         folder: Where ``history.jsonl``, ``picks/`` and ``summary.json`` go; ``<default_root_dir>/mergeready`` by
             default. One folder a run.
         processor: A tokenizer or processor to save with each pick.
-        **options: ``base``, ``peers``, ``probe``, ``stop``, ``on_stop``, ``measure`` and ``picks``, as
-            :class:`~mergeready.training.monitor.Monitor` takes them. A probe needs its ``evaluate``, which is given
+        **options: ``base``, ``peers``, ``probe``, ``stop``, ``on_stop``, ``measure``, ``picks`` and ``techniques``,
+            as :class:`~mergeready.training.monitor.Monitor` takes them. A probe needs its ``evaluate``, which is given
             the model, not the LightningModule.
 
     Example:
@@ -75,11 +76,11 @@ class MergeReadyCallback(Callback):  # type: ignore[misc]  # lightning is not ty
         # The only event that comes after set-up and after restoring, whatever the strategy.
         model = _model_of(pl_module, self._model)
         if self.monitor.started:  # a second fit
-            self._state = self.monitor.state_dict()
+            self._state = self.monitor.state_dict() | {"tensors": self.monitor.tensors()}
         context = trainer.precision_plugin.forward_context
         self.monitor = Monitor(**evaluating_inside(self._options, context))
         if trainer.global_step and self._state:
-            self.monitor.load_state_dict(self._state)
+            self.monitor.load_state_dict(self._state, self._state.get("tensors"))
         total = trainer.estimated_stepping_batches
         self.monitor.start(
             model,
@@ -90,7 +91,21 @@ class MergeReadyCallback(Callback):  # type: ignore[misc]  # lightning is not ty
             save=lambda folder: save_expert(model, folder, self._processor),
         )
         self._step = trainer.global_step
+        _require_one_pass(self.monitor.techniques, pl_module)
         self._publish(trainer, self.monitor.last_scalars())
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.monitor.techniques.enter()
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        techniques = self.monitor.techniques
+        techniques.leave()
+        if techniques and not trainer.fit_loop._should_accumulate():
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            techniques.gradients_ready(1.0 if scaler is None else float(scaler.get_scale()))
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.monitor.techniques.leave()
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if trainer.global_step != self._step:  # not a micro-batch of gradient accumulation
@@ -110,7 +125,8 @@ class MergeReadyCallback(Callback):  # type: ignore[misc]  # lightning is not ty
         if not self.monitor.started:
             return self._state
         self.monitor.on_save(complete=False)
-        state = self.monitor.state_dict()
+        state, tensors = self.monitor.state_dict(), self.monitor.tensors()
+        state |= {"tensors": tensors} if tensors else {}
         return state | {"history": list(state["history"])}  # it may be written while training goes on
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -132,6 +148,19 @@ class MergeReadyCallback(Callback):  # type: ignore[misc]  # lightning is not ty
     def _publish(self, trainer: Trainer, scalars: Mapping[str, float]) -> None:
         """Let other callbacks see the scalars, now and until they are measured again."""
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scalars.items()})
+
+
+def _require_one_pass(techniques: TechniqueSet, module: LightningModule) -> None:
+    if techniques and not module.automatic_optimization:
+        raise UnsupportedError(
+            "techniques need Lightning's automatic optimization: with manual optimization there are no events around "
+            "backward. Use MergeReadyLoop of mergeready.fabric, or leave `techniques` out."
+        )
+    if techniques.needs_two_passes:
+        raise UnsupportedError(
+            f"{listing(t.name for t in techniques.techniques if t.two_passes)} needs two passes over each batch, which "
+            "Lightning's Trainer does not offer. Use MergeReadyLoop of mergeready.fabric."
+        )
 
 
 def _model_of(module: nn.Module, attribute: str | None) -> nn.Module:

@@ -187,7 +187,7 @@ def run_accelerate(world: Path, folder: Path, saving: Saving = NEVER, **changes:
     monitor = mergeready.accelerate.MergeReadyLoop(accelerator, **options(world, **changes))
     if checkpoint := saving.newest(folder):
         accelerator.load_state(str(checkpoint))
-    monitor.prepare(prepared, total_steps=STEPS)
+    monitor.prepare(prepared, total_steps=STEPS, optimizer=optimizer)
     save = lambda path: accelerator.save_state(str(path))  # noqa: E731
     _drive(monitor, prepared, optimizer, data, folder, saving, save, accelerator.backward)
     return model
@@ -233,7 +233,8 @@ def _drive(
     backward: Callable[[Tensor], None],
 ) -> None:
     for batch in batches(data, monitor.steps):
-        backward(model(**batch).loss)
+        for _ in monitor.passes():
+            backward(model(**batch).loss)
         optimizer.step()
         optimizer.zero_grad()
         monitor.step()

@@ -133,3 +133,20 @@ def test_record_only_goes_on(world: Path, tmp_path: Path, name: str) -> None:
     history = read_history(tmp_path / "mergeready/history.jsonl")
     assert [(decision.step, decision.acted) for decision in history.decisions] == [(1, False)]
     assert history.metrics[-1].step == 12
+
+
+TECHNIQUES = {
+    "drift_penalty": [{"drift_penalty": {"strength": 0.05}}],
+}
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_a_technique_acts_alike_under_every_trainer(world: Path, tmp_path: Path, technique: str) -> None:
+    changes: dict[str, Any] = {"probe": None, "techniques": TECHNIQUES[technique]}
+    weights = {n: run(world, tmp_path / n, **changes).state_dict() for n, run in RUNS.items()}
+    lines = {n: (tmp_path / n / "mergeready/history.jsonl").read_text() for n in RUNS}
+    for name in OTHERS:
+        assert lines[name] == lines["plain"]
+        assert all(torch.equal(value, weights[name][key]) for key, value in weights["plain"].items())
+    without = torch.load(world / "plain.pt")
+    assert not all(torch.equal(value, without[key]) for key, value in weights["plain"].items())

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -20,14 +20,15 @@ from mergeready.training.save import save_expert
 class MergeReadyLoop:
     """Watch how well the model of a training loop of your own merges, steer it, and stop before merging suffers.
 
-    Call :meth:`prepare` before the first step, :meth:`step` after every optimizer step, :meth:`finish` at the end.
+    Call :meth:`prepare` before the first step, :meth:`step` after every optimizer step, :meth:`finish` at the end. With
+    techniques, forward and backward stand inside ``for _ in monitor.passes()``, and ``prepare`` gets the optimizer.
     To resume, save :meth:`state_dict` with your checkpoint and give it to :meth:`load_state_dict` before
     :meth:`prepare`.
 
     Args:
         folder: Where ``history.jsonl``, ``picks/`` and ``summary.json`` go; one folder a run.
-        **options: ``base``, ``peers``, ``probe``, ``stop``, ``on_stop``, ``measure`` and ``picks``, as
-            :class:`~mergeready.training.monitor.Monitor` takes them. A probe needs its ``evaluate``.
+        **options: ``base``, ``peers``, ``probe``, ``stop``, ``on_stop``, ``measure`` and ``picks`` and
+            ``techniques``, as :class:`~mergeready.training.monitor.Monitor` takes them. A probe needs its ``evaluate``.
 
     Attributes:
         steps: Optimizer steps taken so far.
@@ -51,6 +52,22 @@ class MergeReadyLoop:
         >>> summary = monitor.finish()
         >>> monitor.steps, summary["stopped"][0]["reason"]
         (4, '‖τ‖ = 0.8 is beyond 0.5')
+
+        With techniques:
+
+        >>> model = torch.nn.Linear(3, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> monitor = MergeReadyLoop(mkdtemp(), techniques=["drift_penalty"])
+        >>> monitor.prepare(model, optimizer=optimizer)
+        >>> for micro_batches in [[torch.ones(1, 3), torch.zeros(1, 3)]] * 5:  # one entry an optimizer step
+        ...     for _ in monitor.passes():
+        ...         for batch in micro_batches:
+        ...             (model(batch).mean() / 2).backward()
+        ...     optimizer.step()  # clip before it, if you do
+        ...     optimizer.zero_grad()
+        ...     logged = monitor.step()
+        >>> monitor.steps
+        5
     """
 
     def __init__(self, folder: str | Path, **options: Unpack[MonitorOptions]) -> None:
@@ -59,6 +76,7 @@ class MergeReadyLoop:
         self.steps = 0
         self.should_stop = False
         self._state: Mapping[str, Any] | None = None
+        self._scaler: Any = None
 
     @property
     def history(self) -> History:
@@ -78,6 +96,7 @@ class MergeReadyLoop:
         total_steps: int | None = None,
         processor: Any = None,
         optimizer: Any = None,
+        scaler: Any = None,
     ) -> None:
         """Bind to a model that is ready to train: wrapped, and on resume loaded. Check everything, measure references.
 
@@ -86,8 +105,9 @@ class MergeReadyLoop:
             step: Optimizer steps taken already; known without this if the state was loaded.
             total_steps: Optimizer steps that the run will take in all, so that the last one is measured.
             processor: A tokenizer or processor to save with each pick.
-            optimizer: The optimizer, or several in a list. Where it trains 16-bit parameters and keeps finer copies of
-                them, these are measured.
+            optimizer: The optimizer, or several in a list; some techniques need it. Where it trains 16-bit parameters
+                and keeps finer copies of them, these are measured.
+            scaler: The ``torch.amp.GradScaler``, if the loop scales its loss.
 
         Raises:
             OptionError: If ``step`` differs from the step of the loaded state.
@@ -99,9 +119,10 @@ class MergeReadyLoop:
                 raise HistoryError("the loaded state does not say after which step it was saved.")
             if step not in (None, saved):
                 raise OptionError(f"`step` is {step}, but the loaded state was saved after step {saved}.")
-            self.monitor.load_state_dict(self._state)
+            self.monitor.load_state_dict(self._state, self._state.get("tensors"))
             step = saved
         self.steps = step or 0
+        self._scaler = scaler
         self.monitor.start(
             model,
             self.folder,
@@ -110,6 +131,22 @@ class MergeReadyLoop:
             optimizers=_as_list(optimizer),
             save=lambda folder: save_expert(model, folder, processor),
         )
+
+    def passes(self, *, last: bool = True) -> Iterator[None]:
+        """Around forward and backward of one optimizer step, all its micro-batches: ``for _ in monitor.passes(): …``.
+
+        The body runs once, or twice under a technique that looks at the gradient first. Inside, a technique may have
+        replaced the weights; they are back, bit for bit, when the loop is left, also by an exception. Clip and update
+        after it.
+
+        Args:
+            last: False for a micro-batch that is not the last of its step, where each has ``passes`` of its own.
+        """
+        self._require_prepared()
+        yield from self.monitor.techniques.passes(last=last, factor=self._loss_scale)
+
+    def _loss_scale(self) -> float:
+        return 1.0 if self._scaler is None else float(self._scaler.get_scale())
 
     def step(self) -> Mapping[str, float]:
         """After an optimizer step: measure and probe if they are due, then decide.
@@ -139,11 +176,16 @@ class MergeReadyLoop:
         return self.monitor.finish()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs: numbers and text, no tensors. To be saved with each checkpoint."""
+        """All that a resumed run needs, to be saved with each checkpoint.
+
+        Numbers and text; tensors only under ``tensors``, which is there where a technique keeps some.
+        """
         self._require_prepared()
         self.monitor.on_save(complete=False)
         state = self.monitor.state_dict()
-        return {"step": self.steps, **state, "history": list(state["history"])}
+        tensors = self.monitor.tensors()
+        found = {"step": self.steps, **state, "history": list(state["history"])}
+        return found | ({"tensors": tensors} if tensors else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue an earlier run; call before :meth:`prepare`.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from mergeready.errors import HistoryError, MergeReadyError, OptionError, listing
 from mergeready.experts.base import Base
@@ -37,8 +37,12 @@ from mergeready.training.policies import Decision, Policy
 from mergeready.training.probe import Probe, Prober
 from mergeready.training.records import DecisionRecord, MetricsRecord, Record, ResumeRecord, StartRecord
 from mergeready.training.references import measure_references
-from mergeready.training.scalars import scalars
+from mergeready.training.scalars import PREFIX, scalars
 from mergeready.training.schedule import Pacer, Schedule
+from mergeready.training.techniques.hooks import unwrapped
+from mergeready.training.techniques.registry import TechniqueLike
+from mergeready.training.techniques.run import TechniqueRun
+from mergeready.training.techniques.technique_set import TechniqueSet
 from mergeready.weights.atomic import new_file
 from mergeready.weights.open import WeightsLike
 from mergeready.weights.ranks import Ranks
@@ -83,6 +87,7 @@ class Monitor:
             name, or a function that gives one. See :class:`~mergeready.training.masters.Masters`.
         difficulty: How to track which examples are hard, True for the defaults; None for not at all. The training's
             examples need ids: see :func:`~mergeready.training.difficulty.ids.with_example_ids`.
+        techniques: What changes training so that the expert merges better; objects, names, or names with settings.
     """
 
     def __init__(
@@ -97,6 +102,7 @@ class Monitor:
         picks: Picks | None = None,
         masters: MastersLike | None = None,
         difficulty: Difficulty | bool | None = None,
+        techniques: Sequence[TechniqueLike] = (),
     ) -> None:
         if isinstance(peers, str | Path | Peer | Fingerprint | Mapping | nn.Module):
             raise OptionError("`peers` must be a sequence of experts; put a single one into a list.")
@@ -107,6 +113,7 @@ class Monitor:
         self._given_masters = masters
         self.watch = DifficultyWatch(difficulty)
         self._measure_schedule = measure
+        self.techniques = TechniqueSet(techniques)
         self.history: History = History()
         self.started = False
         self._restored: History | None = None
@@ -134,7 +141,8 @@ class Monitor:
             evaluate: The framework's own evaluation of the run's task, for probes without one.
             metric: The framework's own choice of metric, for probes without one.
             save: Writes the model of the moment as an expert; needed for picks.
-            optimizers: The training's optimizers, in which finer copies of 16-bit parameters are looked for.
+            optimizers: The training's optimizers, or frameworks' wrappers of them; some techniques need one. Finer
+                copies of 16-bit parameters are looked for in them.
 
         Raises:
             MergeReadyError: If base, peers or evaluations are not usable. Nothing was changed.
@@ -143,10 +151,13 @@ class Monitor:
         require_readable(model)
         self.ranks = Ranks.world()
         self.folder = Path(folder)
+        self.techniques.prepare(model, step=step)
         self._bind(model, step)
         self.watch.start(model, self.ranks, step)
-        self._masters = Masters(model, optimizers, self._given_masters)
+        given = list(optimizers)
+        self._masters = Masters(model, given, self._given_masters)
         self._refine()
+        self.techniques.start(lambda: self._technique_run(step, total_steps, given))
         before = time.perf_counter()
         self._prober = self._make_prober(evaluate, metric)
         self._reference_seconds = self._since(before)
@@ -160,6 +171,7 @@ class Monitor:
                 self.folder / "picks", self.picks, save, self.live.base.identity, self.ranks
             )
         self._open_history(step)
+        self.techniques.on_history(self.history)
         # Training time begins here; the references count as spent, and what is spent is taken off again.
         self._began = time.perf_counter() - self._reference_seconds
         self.started = True
@@ -179,12 +191,17 @@ class Monitor:
             MergeReadyError: If the model's values or an evaluation are not usable. The model is as it was.
         """
         self.watch.took_step(step)
+        self.techniques.took_step(step)
         if self._saving:
             self.on_save()
         pacers = [pacer for pacer in (self._measuring, self._probing) if pacer is not None]
         if not any(pacer.on_schedule(step) for pacer in pacers):
             return Outcome()
         seconds = self.ranks.same(self._train_seconds())
+        with self.techniques.shown():
+            return self._look(step, seconds)
+
+    def _look(self, step: int, seconds: float) -> Outcome:
         records: list[Record] = []
         if self._measuring.due(step, seconds):
             began = time.perf_counter()
@@ -205,7 +222,8 @@ class Monitor:
         probes = self.history.probes
         if self._prober is None or (probes and probes[-1].step == step):
             return Outcome()
-        return self._note(step, [self._run_probe(step, score)])
+        with self.techniques.shown():
+            return self._note(step, [self._run_probe(step, score)])
 
     def last_scalars(self) -> Mapping[str, float]:
         """The scalars of the newest probe."""
@@ -225,7 +243,8 @@ class Monitor:
             self._store.prune(self.history)
 
     def finish(self) -> dict[str, Any]:
-        """At the end: remove what is not picked, write ``summary.json`` and return its content."""
+        """At the end: finish techniques, remove what is not picked, write ``summary.json`` and return its content."""
+        self.techniques.finish()
         self.on_save()
         self.watch.finish(self.folder)
         return self.ranks.on_first(self._write_summary)
@@ -250,14 +269,25 @@ class Monitor:
         return summary
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs, JSON-ready: the history. Everything else is a function of it.
+        """All that a resumed run needs, JSON-ready: the history, and what techniques keep.
 
-        Where difficulty is tracked, that of each example, too; a collective then.
+        Where difficulty is tracked, that of each example, too; a collective then. The tensors of techniques are not in
+        it: see :meth:`tensors`.
         """
-        return {"version": STATE_VERSION, "history": self.history.to_json()} | self.watch.state()
+        state: dict[str, Any] = {"version": STATE_VERSION, "history": self.history.to_json()}
+        state |= self.watch.state()
+        return state | ({"techniques": self.techniques.state_dict()} if self.techniques else {})
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors that techniques need to go on, on the CPU. A collective where the model is sharded."""
+        return self.techniques.tensors()
+
+    def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> None:
         """Continue the history of an earlier run; call before :meth:`start`.
+
+        Args:
+            state: What :meth:`state_dict` gave.
+            tensors: What :meth:`tensors` gave.
 
         Raises:
             HistoryError: If the state is of another version or damaged.
@@ -271,6 +301,7 @@ class Monitor:
             raise HistoryError("the saved monitor state holds no history.")
         self._restored = History.from_json(records)
         self.watch.load(state)
+        self.techniques.load(state.get("techniques", {}), tensors or {})
 
     def _bind(self, model: nn.Module, step: int) -> None:
         """Open base and peers, on every rank alike."""
@@ -313,6 +344,19 @@ class Monitor:
             with self.ranks.together():
                 self._masters.look()
             self.live.refine(self._masters.find)
+
+    def _technique_run(self, step: int, total_steps: int | None, optimizers: Sequence[Any]) -> TechniqueRun:
+        return TechniqueRun(
+            self.live,
+            optimizer=unwrapped(optimizers[0]) if len(optimizers) == 1 else None,
+            peers=self.peers,
+            sketched=self.sketched,
+            ranks=self.ranks,
+            step=step,
+            total_steps=total_steps,
+            history=lambda: self.history,
+            probes=self.probe is not None,
+        )
 
     def _since(self, began: float) -> float:
         """Seconds since then, by the first rank's clock: the schedule has to go on alike on all."""
@@ -359,9 +403,15 @@ class Monitor:
         peers |= {peer.label: peer.fingerprint.norm for peer in self.sketched}
         fingerprints = [peer.label for peer in self.sketched]
         unmerged = list(self.live.extra)
+        techniques = [technique.describe() for technique in self.techniques.techniques]
         if self._prober is None or self.probe is None:
             return StartRecord(
-                step=step, base=base, peers=peers, fingerprints=fingerprints, unmerged=unmerged
+                step=step,
+                base=base,
+                peers=peers,
+                fingerprints=fingerprints,
+                unmerged=unmerged,
+                techniques=techniques,
             )
         return StartRecord(
             step=step,
@@ -377,6 +427,7 @@ class Monitor:
                 for task, scores in self._prober.references.items()
             },
             unmerged=unmerged,
+            techniques=techniques,
         )
 
     def _run_probe(self, step: int, known: Score | None = None) -> Record:
@@ -404,11 +455,19 @@ class Monitor:
         values = {name: value for record in records for name, value in scalars(record).items()}
         if self._store is not None and self.history.probes and self.history.probes[-1].step == step:
             self._store.update(self.history)
-        decision = self.stop(self.history) if self.stop is not None else Decision(False, "")
+        values |= {f"{PREFIX}{name}": value for name, value in self.techniques.scalars().items()}
+        self.techniques.on_history(self.history)
+        decision = self._decide()
         if decision.stop and (self.on_stop == "stop" or not self.history.decisions):
             self._append(DecisionRecord(step=step, reason=decision.reason, acted=self.on_stop == "stop"))
             logger.info("step %d: %s", step, decision.reason)
         return Outcome(values, Decision(decision.stop and self.on_stop == "stop", decision.reason))
+
+    def _decide(self) -> Decision:
+        own = self.stop(self.history) if self.stop is not None else Decision(False, "")
+        theirs = self.techniques.decide(self.history)
+        reasons = [decision.reason for decision in (own, theirs) if decision.stop]
+        return Decision(True, "; ".join(reasons)) if reasons else own
 
     def _train_seconds(self) -> float:
         spent = self._measuring.spent + (self._probing.spent if self._probing else 0.0)

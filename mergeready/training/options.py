@@ -16,6 +16,7 @@ from mergeready.training.picks import Picks
 from mergeready.training.policies import Policy
 from mergeready.training.probe import Probe
 from mergeready.training.schedule import Schedule
+from mergeready.training.techniques.registry import TechniqueLike
 from mergeready.weights.open import WeightsLike
 
 
@@ -31,6 +32,7 @@ class MonitorOptions(TypedDict, total=False):
     picks: Picks | None
     masters: MastersLike | None
     difficulty: Difficulty | bool | None
+    techniques: Sequence[TechniqueLike]
 
 
 def with_defaults(options: MonitorOptions) -> MonitorOptions:

@@ -68,6 +68,7 @@ class StartRecord:
             some frameworks sort the keys of what they save.
         references: By task: the base's value, and that of the task's own expert where that is a peer.
         unmerged: Parameters of the model that the base does not have.
+        techniques: Name and settings of each technique.
     """
 
     kind: Literal["start"] = "start"
@@ -81,6 +82,7 @@ class StartRecord:
     methods: list[dict[str, Any]] = field(default_factory=list)
     references: dict[str, dict[str, float]] = field(default_factory=dict)
     unmerged: list[str] = field(default_factory=list)
+    techniques: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Unpack
 
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from mergeready.errors import OptionError
@@ -19,9 +21,11 @@ from mergeready.transformers.difficulty import carry_ids, require_ids
 from mergeready.transformers.evaluation import evaluate_with
 from mergeready.transformers.find import calling_trainer
 from mergeready.transformers.images import log_images
+from mergeready.weights.atomic import new_file
 
 FOLDER_NAME = "mergeready"
 STATE_KEY = "mergeready"
+TENSORS_NAME = "mergeready_techniques.safetensors"
 
 
 class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
@@ -44,6 +48,8 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         measure: When to measure the task vector.
         picks: Which checkpoints to keep; None for none.
         difficulty: True to track which training examples are hard; the examples get their ids by themselves.
+        techniques: What changes training so that the expert merges better; objects, names, or names with settings.
+            They act inside the Trainer's ``training_step``: before gradients are clipped, and of whole steps.
 
     Example:
         >>> from mergeready import MergedPlateau, Probe
@@ -57,6 +63,7 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         self.monitor = Monitor(**self._options)
         self._trainer: weakref.ref[Trainer] | None = None
         self._entry: dict[str, Any] = {"attributes": {}}
+        self._own_step: Any = None  # the Trainer's, while techniques stand around it
 
     @property
     def history(self) -> History:
@@ -85,7 +92,7 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
             require_ids(trainer)
         entry = state.stateful_callbacks.setdefault(STATE_KEY, {"args": {}, "attributes": {}})
         if state.global_step and entry["attributes"]:
-            self.monitor.load_state_dict(entry["attributes"])
+            self.monitor.load_state_dict(entry["attributes"], self._saved_tensors(args, state.global_step))
         self.monitor.start(
             model,
             Path(args.output_dir) / FOLDER_NAME,
@@ -98,8 +105,14 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         # The Trainer writes this dictionary into each checkpoint; its history is a list that grows in place.
         self._entry = entry
         entry["attributes"] = self.monitor.state_dict()
+        if self.monitor.techniques:
+            self._steer(trainer)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.monitor.techniques:
+            state.stateful_callbacks[STATE_KEY]["attributes"]["techniques"] = (
+                self.monitor.techniques.state_dict()
+            )
         self._report(self.monitor.on_step(state.global_step), control)
         self._before_saving(control.should_save)
 
@@ -135,14 +148,51 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.monitor.on_save()
+        tensors = self.monitor.tensors()
+        if tensors and state.is_world_process_zero:
+            with new_file(_checkpoint(args, state.global_step) / TENSORS_NAME) as temporary:
+                save_file(tensors, temporary)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._release(self._find_trainer())
         self.monitor.finish()
 
     def _before_saving(self, due: bool) -> None:
         """Put the difficulties of this moment into what the Trainer is about to write; they do not grow in place."""
         if due and self.monitor.difficulty is not None:
             self._entry["attributes"].update(self.monitor.watch.state())
+
+    def _release(self, trainer: Trainer) -> None:
+        if self._own_step is not None:
+            trainer.training_step = self._own_step
+            self._own_step = None
+
+    def _steer(self, trainer: Trainer) -> None:
+        """Let techniques act around the Trainer's own step, until the end of training.
+
+        There is no event between the last backward and clipping, nor one after an exception in forward.
+        """
+        self._release(trainer)  # a run that raised has not ended
+        own, techniques, accelerator = (
+            trainer.training_step,
+            self.monitor.techniques,
+            trainer.accelerator,
+        )
+
+        def training_step(*args: Any, **kwargs: Any) -> Any:
+            loss = None
+            for _ in techniques.passes(
+                last=accelerator.sync_gradients, factor=lambda: loss_scale(accelerator)
+            ):
+                loss = own(*args, **kwargs)
+            return loss
+
+        self._own_step = own
+        trainer.training_step = training_step
+
+    def _saved_tensors(self, args: Any, step: int) -> Mapping[str, Tensor]:
+        path = _checkpoint(args, step) / TENSORS_NAME
+        return load_file(path) if path.is_file() else {}
 
     def _report(self, outcome: Outcome, control: Any) -> None:
         if outcome.scalars:
@@ -179,6 +229,15 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         if trainer.eval_dataset is None or isinstance(trainer.eval_dataset, dict):
             return None
         return lambda model: evaluate_with(trainer)
+
+
+def loss_scale(accelerator: Any) -> float:
+    """What losses are multiplied with in fp16; 1 without a scaler."""
+    return 1.0 if accelerator.scaler is None else float(accelerator.scaler.get_scale())
+
+
+def _checkpoint(args: Any, step: int) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{step}"
 
 
 def _drives_best_model(args: Any) -> bool:

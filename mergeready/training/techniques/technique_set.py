@@ -1,0 +1,309 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mergeready.errors import HistoryError, OptionError, UnsupportedError
+from mergeready.training.history import History
+from mergeready.training.policies import Decision
+from mergeready.training.techniques.hooks import StepHooks
+from mergeready.training.techniques.moving import moved
+from mergeready.training.techniques.registry import TechniqueLike, make_technique
+from mergeready.training.techniques.run import TechniqueRun
+from mergeready.training.techniques.technique import ALONE, NEEDS_OPTIMIZER, Running, Technique, Touch
+from mergeready.weights.guard import random_state_kept
+
+
+class TechniqueSet:
+    """The techniques of one run, which a shell drives; empty, it does nothing at no cost.
+
+    Within each optimizer step: :meth:`passes` around forward and backward of each micro-batch (or :meth:`enter`,
+    :meth:`leave` and :meth:`gradients_ready` where a framework has events instead of a loop), then clipping, then the
+    optimizer's own step, whose hooks do the rest; :meth:`took_step` at its end.
+
+    Args:
+        techniques: Techniques, names, or names with settings, in the order in which they act.
+
+    Raises:
+        OptionError: If two of them cannot be used together; every such pair is named with the reason.
+
+    Example:
+        >>> TechniqueSet(["drift_penalty", "drift_penalty"])
+        Traceback (most recent call last):
+        mergeready.errors.OptionError: techniques that cannot be used together: drift_penalty is given twice.
+    """
+
+    def __init__(self, techniques: Sequence[TechniqueLike] = ()) -> None:
+        if isinstance(techniques, Technique | str | Mapping):
+            raise OptionError("`techniques` must be a list; put a single one into brackets.")
+        self.techniques: list[Technique] = [
+            made for made in map(make_technique, techniques) if not made.is_off
+        ]
+        _require_compatible(self.techniques)
+        self.step = 0
+        self._running: dict[str, Running] = {}
+        self._hooks: StepHooks | None = None
+        self._loaded: tuple[Mapping[str, Any], Mapping[str, Tensor]] | None = None
+        self._inside: ExitStack | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.techniques)
+
+    def touches(self, touch: Touch) -> bool:
+        """Whether one of them touches something."""
+        return any(touch in technique.touches for technique in self.techniques)
+
+    @property
+    def needs_two_passes(self) -> bool:
+        """Whether one of them looks at a step's gradient before it moves the weights."""
+        return any(technique.two_passes for technique in self.techniques)
+
+    def prepare(self, model: nn.Module, *, step: int) -> None:
+        """Before the run is bound to the model.
+
+        Raises:
+            UnsupportedError: Under DeepSpeed.
+        """
+        if self.techniques:
+            _require_no_deepspeed(model)
+        for technique in self.techniques:
+            technique.prepare(model, step=step)
+
+    def start(self, make_run: Callable[[], TechniqueRun]) -> None:
+        """Bind to the run, and restore what was loaded.
+
+        Raises:
+            OptionError: If the run lacks what a technique needs.
+            HistoryError: If the loaded state is of other techniques.
+        """
+        self.finish_hooks()
+        if not self.techniques:
+            return
+        run = make_run()
+        self.run, self.step = run, run.step
+        needing = [t for t in self.techniques if t.touches & NEEDS_OPTIMIZER]
+        for technique in needing:
+            touched = next(touch for touch in Touch if touch in technique.touches & NEEDS_OPTIMIZER)
+            run.require_optimizer(f"{touched.value} ({technique.name})")
+        self._running = {technique.name: technique.begin(run) for technique in self.techniques}
+        self._restore()
+        if needing and run.optimizer is not None:
+            self._hooks = StepHooks(run.optimizer, self._learning_rate_factor, self._after_update)
+
+    def passes(self, *, last: bool = True, factor: Callable[[], float] = lambda: 1.0) -> Iterator[None]:
+        """To be looped over around forward and backward: once, or twice where a technique wants a gradient first.
+
+        The weights inside may be others. They are put back before the loop goes on after it, and when the body raises.
+
+        Args:
+            last: Whether an optimizer step follows; False for a micro-batch that is not the step's last.
+            factor: What a gradient scaler multiplies gradients with, asked after backward.
+
+        Raises:
+            UnsupportedError: If a technique wants the gradient of the whole step first and this is only a part of it.
+        """
+        if not self._running:
+            yield
+            return
+        if self.wants_gradient():
+            if not last:
+                raise UnsupportedError(
+                    f"{self._mover_name()} wants the gradient of a whole step before it moves the weights: put all "
+                    "micro-batches of a step inside one `passes()`, or use larger batches and no accumulation."
+                )
+            with self.first_pass():
+                yield
+        with self.moved():
+            yield
+        if last:
+            self.gradients_ready(factor())
+
+    def wants_gradient(self) -> bool:
+        """Whether forward and backward of the whole next step run once before :meth:`moved`."""
+        return any(running.wants_gradient(self.step + 1) for running in self._running.values())
+
+    @contextmanager
+    def first_pass(self) -> Iterator[None]:
+        """Around a pass whose gradient is only looked at. The next one sees the same random numbers and buffers."""
+        buffers = [(buffer, buffer.detach().clone()) for buffer in self.run.live.model.buffers()]
+        with random_state_kept():
+            yield
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+    def moved(self) -> AbstractContextManager[None]:
+        """Around forward and backward of a micro-batch."""
+        mover = self._mover()
+        return nullcontext() if mover is None else self._moved_by(mover)
+
+    @contextmanager
+    def _moved_by(self, mover: Running) -> Iterator[None]:
+        step = self.step + 1
+        with moved(self.run.live.model, mover.moved(step)):
+            if mover.wants_gradient(step):
+                for parameter in self.run.live.model.parameters():
+                    parameter.grad = None
+            yield
+
+    def enter(self) -> None:
+        """As the beginning of :meth:`moved`, for frameworks that have events in place of a loop."""
+        self.leave()
+        stack = ExitStack()
+        stack.enter_context(self.moved())
+        self._inside = stack
+
+    def leave(self) -> None:
+        """As its end; also after an exception. Does nothing where nothing was entered."""
+        stack, self._inside = self._inside, None
+        if stack is not None:
+            stack.close()
+
+    def gradients_ready(self, factor: float = 1.0) -> None:
+        """After the last backward of a step, when gradients are averaged over ranks and not clipped yet.
+
+        Args:
+            factor: What a gradient scaler has multiplied the gradients with.
+        """
+        for running in self._running.values():
+            running.add_gradients(self.step + 1, factor)
+        for running in self._running.values():
+            running.edit_gradients(self.step + 1)
+
+    def took_step(self, step: int) -> None:
+        """After an optimizer step."""
+        self.step = step
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Inside, the model holds the weights that are to be measured, evaluated and kept."""
+        for running in self._running.values():
+            pairs = list(running.shown())
+            if pairs:
+                with moved(self.run.live.model, pairs):
+                    yield
+                return
+        yield
+
+    def on_history(self, history: History) -> None:
+        """After records were added."""
+        for running in self._running.values():
+            running.on_history(history)
+
+    def decide(self, history: History) -> Decision:
+        """Stop as soon as one of them wants to."""
+        decisions = [running.decide(history) for running in self._running.values()]
+        reasons = [decision.reason for decision in decisions if decision.stop]
+        return Decision(bool(reasons), "; ".join(reasons))
+
+    def scalars(self) -> dict[str, float]:
+        """Figures for the loggers, by technique."""
+        return {
+            f"{name}/{key}": value
+            for name, running in self._running.items()
+            for key, value in running.scalars().items()
+        }
+
+    def finish(self) -> None:
+        """At the end of training."""
+        self.leave()
+        for running in self._running.values():
+            running.finish()
+        self.finish_hooks()
+
+    def finish_hooks(self) -> None:
+        """Let go of the optimizer."""
+        if self._hooks is not None:
+            self._hooks.remove()
+            self._hooks = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """States by technique, JSON-ready."""
+        return {name: running.state_dict() for name, running in self._running.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors of all techniques, as ``technique/name``, on the CPU."""
+        return {
+            f"{name}/{key}": tensor
+            for name, running in self._running.items()
+            for key, tensor in running.tensors().items()
+        }
+
+    def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Continue where an earlier run was; call before :meth:`start`."""
+        self._loaded = dict(state), dict(tensors)
+
+    def _restore(self) -> None:
+        if self._loaded is None:
+            return
+        state, tensors = self._loaded
+        self._loaded = None
+        for name, running in self._running.items():
+            if name not in state:
+                continue  # a technique that joins now starts now
+            own = {
+                key.removeprefix(f"{name}/"): value
+                for key, value in tensors.items()
+                if key.startswith(f"{name}/")
+            }
+            try:
+                running.load(state[name], own)
+            except KeyError as error:
+                raise HistoryError(
+                    f"the saved state of {name} lacks {error}; it cannot be resumed."
+                ) from error
+
+    def _mover(self) -> Running | None:
+        for technique in self.techniques:
+            if Touch.FORWARD in technique.touches:
+                return self._running.get(technique.name)
+        return None
+
+    def _mover_name(self) -> str:
+        return next(t.name for t in self.techniques if Touch.FORWARD in t.touches)
+
+    def _learning_rate_factor(self) -> float:
+        factor = 1.0
+        for running in self._running.values():
+            factor *= running.learning_rate_factor(self.step + 1)
+        return factor
+
+    def _after_update(self) -> None:
+        for running in self._running.values():
+            running.after_update(self.step + 1)
+
+
+def _require_compatible(techniques: Sequence[Technique]) -> None:
+    problems = [problem for one, two in combinations(techniques, 2) if (problem := _conflict(one, two))]
+    if problems:
+        raise OptionError(f"techniques that cannot be used together: {'; '.join(problems)}.")
+
+
+def _conflict(one: Technique, two: Technique) -> str | None:
+    if one.name == two.name:
+        return f"{one.name} is given twice"
+    both = one.touches & two.touches & ALONE
+    if both:
+        what = " and ".join(touch.value for touch in Touch if touch in both)
+        return f"{one.name} and {two.name} both change {what}"
+    reason = one.conflict(two) or two.conflict(one)
+    return f"{one.name} and {two.name}: {reason}" if reason else None
+
+
+def _require_no_deepspeed(model: nn.Module) -> None:
+    part: Any = model
+    while isinstance(part, nn.Module):
+        if type(part).__name__ == "DeepSpeedEngine":
+            break
+        part = getattr(part, "module", None)
+    marked = any(hasattr(p, "_hp_mapping") or hasattr(p, "ds_id") for p in model.parameters())
+    if isinstance(part, nn.Module) or marked:
+        raise UnsupportedError(
+            "techniques do not work under DeepSpeed, which updates weights inside its backward and overwrites what "
+            "others write. Use DDP or FSDP2, or leave `techniques` out to only watch."
+        )
