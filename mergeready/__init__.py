@@ -37,7 +37,9 @@ if TYPE_CHECKING:
     from mergeready.training.difficulty.shares import gradient_norms, share_of_hardest
     from mergeready.training.difficulty.table import DifficultyTable
     from mergeready.training.difficulty.tracker import Difficulty, DifficultyTracker
+    from mergeready.training.disentanglement import Disentanglement, disentanglement_error
     from mergeready.training.history import History, read_history
+    from mergeready.training.input_gradients import input_gradient_distance
     from mergeready.training.kronecker import kronecker_factors, write_factors
     from mergeready.training.loop import MergeReadyLoop
     from mergeready.training.lora_start import share_lora_a, start_orthogonal
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from mergeready.training.recalibrate import Recalibration, recalibrate
     from mergeready.training.regmean_pp import regmean_pp
     from mergeready.training.schedule import Schedule
+    from mergeready.training.similarity import LinearCka, representation_similarity
     from mergeready.training.surrogates import Surrogates
     from mergeready.training.techniques.drift_penalty import DriftPenalty
     from mergeready.training.train_only import train_only
@@ -60,6 +63,7 @@ __version__ = "0.1.0"
 _PLACES = {
     "mergeready.errors": ["MergeReadyError"],
     "mergeready.experts": ["Base", "BaseIdentity", "Expert", "TaskVector", "open_expert"],
+    "mergeready.experts.factors": ["KroneckerFactors", "sum_factors"],
     "mergeready.merging": [
         "MergePlan",
         "MergedInPlace",
@@ -91,14 +95,14 @@ _PLACES = {
     "mergeready.training.difficulty.shares": ["gradient_norms", "share_of_hardest"],
     "mergeready.training.difficulty.table": ["DifficultyTable"],
     "mergeready.training.difficulty.tracker": ["Difficulty", "DifficultyTracker"],
+    "mergeready.training.disentanglement": ["Disentanglement", "disentanglement_error"],
     "mergeready.training.history": ["History", "read_history"],
-    "mergeready.experts.factors": ["KroneckerFactors", "sum_factors"],
+    "mergeready.training.input_gradients": ["input_gradient_distance"],
     "mergeready.training.kronecker": ["kronecker_factors", "write_factors"],
+    "mergeready.training.loop": ["MergeReadyLoop"],
     "mergeready.training.lora_start": ["share_lora_a", "start_orthogonal"],
     "mergeready.training.lowest_fisher": ["lowest_fisher"],
     "mergeready.training.many_shot": ["ManyShot", "many_shot"],
-    "mergeready.training.train_only": ["train_only"],
-    "mergeready.training.loop": ["MergeReadyLoop"],
     "mergeready.training.monitor": ["Monitor"],
     "mergeready.training.peers": ["Peer"],
     "mergeready.training.picks": ["Picks"],
@@ -114,8 +118,10 @@ _PLACES = {
     "mergeready.training.recalibrate": ["Recalibration", "recalibrate"],
     "mergeready.training.regmean_pp": ["regmean_pp"],
     "mergeready.training.schedule": ["Schedule"],
+    "mergeready.training.similarity": ["LinearCka", "representation_similarity"],
     "mergeready.training.surrogates": ["Surrogates"],
     "mergeready.training.techniques.drift_penalty": ["DriftPenalty"],
+    "mergeready.training.train_only": ["train_only"],
 }
 _PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
 
@@ -130,6 +136,7 @@ __all__ = [
     "Difficulty",
     "DifficultyTable",
     "DifficultyTracker",
+    "Disentanglement",
     "DriftPenalty",
     "ExampleMeasures",
     "Expert",
@@ -139,6 +146,7 @@ __all__ = [
     "Inspection",
     "KroneckerFactors",
     "LatePart",
+    "LinearCka",
     "ManyShot",
     "MergePlan",
     "MergeReadyError",
@@ -164,12 +172,14 @@ __all__ = [
     "compare",
     "compare_subspaces",
     "cross_fitted_difficulty",
+    "disentanglement_error",
     "easy_and_hard",
     "example_measures",
     "fisher_information",
     "forgetting_by_difficulty",
     "gradient_norms",
     "how_well_predicts",
+    "input_gradient_distance",
     "input_grams",
     "inspect",
     "kronecker_factors",
@@ -185,6 +195,7 @@ __all__ = [
     "read_history",
     "recalibrate",
     "regmean_pp",
+    "representation_similarity",
     "share_lora_a",
     "share_of_hardest",
     "start_orthogonal",

@@ -8,6 +8,7 @@ from rich.markup import escape
 
 from mergeready.cli.app import BaseArgument, ExpertsArgument, StrictOption, app, console, open_all
 from mergeready.cli.compare_many import estimate, find, print_partners, print_summary, show_nearest, write
+from mergeready.cli.compare_subspaces import show_subspaces
 from mergeready.cli.compare_tables import CAUTION, MOST_IN_TABLES, print_comparison, print_estimates
 
 
@@ -41,6 +42,14 @@ def compare(
             help="Only find the nearest experts of each, by an approximate index (needs faiss): for very many.",
         ),
     ] = False,
+    subspaces: Annotated[
+        bool,
+        typer.Option(
+            "--subspaces",
+            help="Also compare singular directions. Slow: a float64 SVD of every matrix of every expert, some minutes "
+            "for eight experts of 22 million parameters.",
+        ),
+    ] = False,
     strict: StrictOption = True,
 ) -> None:
     """Show how experts interfere: cosine, sign conflict and norm ratio of every pair.
@@ -71,6 +80,8 @@ def compare(
         print_summary(screen, pairs)
     if chosen is not None:
         print_partners(screen, pairs, chosen, count)
+    if subspaces:
+        show_subspaces(screen, base, experts, strict=strict)
     screen.print(CAUTION, style="dim")
     for path in output or []:
         if not screen.quiet:

@@ -1,0 +1,66 @@
+"""Prints how experts share singular directions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+
+from mergeready.cli.app import open_all
+
+if TYPE_CHECKING:
+    from mergeready.metrics.subspaces import SubspaceComparison
+
+
+def show_subspaces(screen: Console, base: str, experts: Sequence[str], *, strict: bool) -> None:
+    """Compare experts by their singular directions, and print what was found.
+
+    Raises:
+        OptionError: If one is a fingerprint, which holds no matrices.
+    """
+    from mergeready.errors import OptionError, listing
+    from mergeready.experts.fingerprint import is_fingerprint
+    from mergeready.metrics.subspaces import compare_subspaces
+
+    sketches = [expert for expert in experts if is_fingerprint(expert)]
+    if sketches:
+        raise OptionError(
+            f"--subspaces needs the weights of all experts, and {listing(sketches)} are fingerprints: leave them out."
+        )
+    _, opened = open_all(base, list(experts), strict)
+    print_subspaces(screen, compare_subspaces([expert.vector for expert in opened]))
+
+
+def print_subspaces(screen: Console, found: SubspaceComparison) -> None:
+    """Two tables and two sentences."""
+    from rich.table import Table
+
+    from mergeready.metrics.heatmap import short_labels
+
+    labels = [escape(label) for label in short_labels(found.labels)]
+    table = Table(title="Singular directions", title_justify="left")
+    table.add_column("", justify="right")
+    table.add_column("expert")
+    for title in ("alignment with the sum", "stable rank", "effective rank"):
+        table.add_column(title, justify="right")
+    columns = zip(labels, found.alignment, found.stable_rank, found.effective_rank, strict=True)
+    for index, (label, alignment, stable, effective) in enumerate(columns, 1):
+        table.add_row(str(index), label, f"{alignment:.3f}", f"{stable:.1f}", f"{effective:.1f}")
+    screen.print(table)
+    overlap = Table(
+        title=f"Overlap of leading inputs ({found.overlap_by_chance:.3f} by chance)", title_justify="left"
+    )
+    overlap.add_column("expert")
+    for index in range(len(labels)):
+        overlap.add_column(str(index + 1), justify="right")
+    for index, label in enumerate(labels):
+        cells = ["" if other == index else f"{value:.3f}" for other, value in enumerate(found.overlap[index])]
+        overlap.add_row(f"{index + 1} {label}", *cells)
+    screen.print(overlap)
+    screen.print(
+        f"Means over {found.matrices} matrices. Singular task interference {found.interference:.3f} of the singular "
+        f"values; the sum does {found.times_over:.2f} times over what the experts do.",
+        highlight=False,
+    )
