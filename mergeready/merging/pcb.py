@@ -15,7 +15,7 @@ from mergeready.errors import OptionError
 from mergeready.experts.task_vector import TaskVector
 from mergeready.merging.method import ElementwiseMethod, Place
 from mergeready.merging.registry import register, require_fraction
-from mergeready.merging.selection import kept_count, top_k
+from mergeready.merging.selection import can_be_held, kept_count, selection_bytes, top_k, top_ks
 from mergeready.weights.source import TensorInfo, chunk_ranges
 
 Array = NDArray[np.float32]
@@ -66,14 +66,16 @@ class Pcb(ElementwiseMethod):
         if not isinstance(self.clip, int | float) or not 0 <= self.clip < 0.5:
             raise OptionError(f"`clip` must be in [0, 0.5), not {self.clip!r}.")
 
+    def scratch_bytes(self, info: TensorInfo, experts: int) -> int:
+        return super().scratch_bytes(info, experts) + 3 * selection_bytes(info)
+
     def prepare(self, vector: TaskVector, name: str, slot: int) -> _Range:
         info = vector.infos[name]
         clipped = math.floor(self.clip * info.numel)
 
-        def largest(count: int) -> np.float32:
-            return np.float32(top_k(lambda a, b: vector.flat(name, a, b), info, count).value)
-
-        return _Range(low=largest(info.numel - clipped), high=largest(clipped + 1))
+        counts = [info.numel - clipped, clipped + 1]
+        low, high = top_ks(lambda a, b: vector.flat(name, a, b), info, counts)
+        return _Range(low=np.float32(low.value), high=np.float32(high.value))
 
     def prepare_jointly(
         self,
@@ -88,7 +90,11 @@ class Pcb(ElementwiseMethod):
         highest = dict.fromkeys(chosen, np.float32(-np.inf))
         positive = dict.fromkeys(chosen, 0)
 
+        kept: dict[int, list[Array]] = {i: [] for i in chosen} if can_be_held(info, len(chosen)) else {}
+
         def scores(i: int, start: int, stop: int) -> Array:
+            if i in kept:
+                return kept[i][0][start:stop]
             deltas = [delta.cpu().numpy() for delta in read(start, stop)]
             return _score(deltas[i], _total(deltas, weights), weights, i, prepared[i])
 
@@ -99,7 +105,10 @@ class Pcb(ElementwiseMethod):
                 for i in chosen:
                     found = _score(deltas[i], total, weights, i, prepared[i])
                     highest[i] = np.maximum(highest[i], found.max())
-                    positive[i] += int((found > 0).sum())
+                    positive[i] += int(np.count_nonzero(found > 0))
+                    if i in kept:
+                        kept[i].append(found)
+            kept = {i: [np.concatenate(pieces)] for i, pieces in kept.items()}
             lowest = {i: _threshold(partial(scores, i), info, self.density, positive[i]) for i in chosen}
         return [_Range(lowest[i], highest[i]) if i in lowest else None for i in range(len(weights))]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from mergeready.experts.sums import squared_norm
 from mergeready.merging.method import ElementwiseMethod, Place, weighted_sum
 from mergeready.merging.registry import register, require_fraction
-from mergeready.merging.selection import TopK, kept_count, top_k
+from mergeready.merging.selection import Read, TopK, can_be_held, kept_count, selection_bytes, top_k
 from mergeready.weights.source import TensorInfo, chunk_ranges
 
 Reader = Callable[[int, int], list[Tensor]]
@@ -18,10 +18,11 @@ Reader = Callable[[int, int], list[Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """The entries that count, None for all of them, and how much each expert counts there."""
+    """The entries that count, None for all of them, how much each expert counts there, and variances that were kept."""
 
     chosen: TopK | None
     importance: list[float]
+    variance: Tensor | None
 
 
 @register
@@ -47,39 +48,45 @@ class Sce(ElementwiseMethod):
     def __post_init__(self) -> None:
         require_fraction("density", self.density)
 
+    def scratch_bytes(self, info: TensorInfo, experts: int) -> int:
+        return super().scratch_bytes(info, experts) + 2 * selection_bytes(info)
+
     def prepare_jointly(
         self, read: Reader, info: TensorInfo, weights: Sequence[float], prepared: Sequence[Any]
     ) -> _Found:
-        chosen = self._chosen(read, info, weights)
+        chosen, kept = None, None
+        if self.density < 1 and sum(weight != 0 for weight in weights) > 1:
+            if can_be_held(info):
+                kept = torch.cat([_variance(read(a, b), weights) for a, b in chunk_ranges(info)])
+            chosen = self._chosen(lambda a, b: _at(kept, read, weights, a, b), info)
         lengths = [0.0] * len(weights)
         for start, stop in chunk_ranges(info):
             deltas = read(start, stop)
-            _select(deltas, weights, chosen, start)
+            _select(deltas, weights, chosen, start, kept)
             lengths = [found + squared_norm(delta) for found, delta in zip(lengths, deltas, strict=True)]
-        return _Found(chosen, [abs(weight) * found for weight, found in zip(weights, lengths, strict=True)])
+        importance = [abs(weight) * found for weight, found in zip(weights, lengths, strict=True)]
+        return _Found(chosen, importance, kept)
 
-    def _chosen(self, read: Reader, info: TensorInfo, weights: Sequence[float]) -> TopK | None:
-        if self.density == 1 or sum(weight != 0 for weight in weights) < 2:
-            return None
-        differing = sum(int((_variance(read(a, b), weights) != 0).sum()) for a, b in chunk_ranges(info))
+    def _chosen(self, variance: Read, info: TensorInfo) -> TopK:
+        differing = sum(int(torch.count_nonzero(variance(a, b))) for a, b in chunk_ranges(info))
         if not differing:
             return TopK(float("inf"), -1)
-        return top_k(lambda a, b: _variance(read(a, b), weights), info, kept_count(self.density, differing))
+        return top_k(variance, info, kept_count(self.density, differing))
 
     def combine(
         self, deltas: Sequence[Tensor], weights: Sequence[float], prepared: Sequence[Any], place: Place
     ) -> Tensor:
         found: _Found = place.joint
-        _select(deltas, weights, found.chosen, place.start)
+        _select(deltas, weights, found.chosen, place.start, found.variance)
         elected = weighted_sum([delta.clone() for delta in deltas], weights).sign_()
         total, divisor = torch.zeros_like(elected), torch.zeros_like(elected)
         whole = sum(found.importance)
         for delta, weight, importance in zip(deltas, weights, found.importance, strict=True):
             share = importance / whole if whole else 0.0
             delta.mul_(-1.0 if weight < 0 else 1.0)
-            agrees = (torch.sign(delta) == elected) & (delta != 0)
-            total.add_(delta.mul_(agrees).mul_(share))
-            divisor.add_(agrees, alpha=share)
+            agreeing = delta.mul(elected).relu_().sign_()
+            total.add_(delta.mul_(agreeing).mul_(share))
+            divisor.add_(agreeing, alpha=share)
         return total.div_(divisor.clamp_(min=torch.finfo(torch.float32).tiny))
 
 
@@ -96,10 +103,22 @@ def _variance(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return variance
 
 
-def _select(deltas: Sequence[Tensor], weights: Sequence[float], chosen: TopK | None, start: int) -> None:
+def _at(kept: Tensor | None, read: Reader, weights: Sequence[float], start: int, stop: int) -> Tensor:
+    return _variance(read(start, stop), weights) if kept is None else kept[start:stop]
+
+
+def _select(
+    deltas: Sequence[Tensor],
+    weights: Sequence[float],
+    chosen: TopK | None,
+    start: int,
+    variance: Tensor | None,
+) -> None:
     """Make all entries that were not chosen zero, in place."""
     if chosen is None:
         return
-    mask = chosen.mask(_variance(deltas, weights), start)
+    stop = start + len(deltas[0])
+    here = _variance(deltas, weights) if variance is None else variance[start:stop]
+    mask = chosen.mask(here, start).view(torch.uint8)
     for delta in deltas:
-        delta.mul_(mask)
+        delta.mul_(mask.to(delta))

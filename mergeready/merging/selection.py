@@ -99,6 +99,15 @@ def top_ks(read: Read, info: TensorInfo, counts: Sequence[int]) -> list[TopK]:
     ]
 
 
+def can_be_held(info: TensorInfo, copies: int = 1) -> bool:
+    """Whether fp32 values of a tensor are few enough to be kept in memory instead of being computed again.
+
+    >>> can_be_held(TensorInfo((1024, 1024), torch.float32)), can_be_held(TensorInfo((32000, 4096), torch.float32))
+    (True, False)
+    """
+    return copies * info.numel <= _MOST
+
+
 def selection_bytes(info: TensorInfo, counts: int = 1) -> int:
     """Most memory in bytes that :func:`top_ks` takes, beside one chunk."""
     return 4 * counts * min(info.numel, _MOST)
