@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from mergeready.training.surrogates import Surrogates
     from mergeready.training.techniques.drift_penalty import DriftPenalty
     from mergeready.training.train_only import train_only
+    from mergeready.validation.share import share_run
 
 __version__ = "0.1.0"
 
@@ -122,6 +123,7 @@ _PLACES = {
     "mergeready.training.surrogates": ["Surrogates"],
     "mergeready.training.techniques.drift_penalty": ["DriftPenalty"],
     "mergeready.training.train_only": ["train_only"],
+    "mergeready.validation.share": ["share_run"],
 }
 _PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
 
@@ -198,6 +200,7 @@ __all__ = [
     "representation_similarity",
     "share_lora_a",
     "share_of_hardest",
+    "share_run",
     "start_orthogonal",
     "sum_factors",
     "train_only",

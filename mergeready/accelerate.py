@@ -16,6 +16,7 @@ from torch import nn
 from mergeready.errors import HistoryError, OptionError
 from mergeready.training import loop
 from mergeready.training.options import MonitorOptions
+from mergeready.validation.share import with_sharing
 from mergeready.weights.atomic import new_file
 
 FOLDER_NAME = "mergeready"
@@ -66,7 +67,7 @@ class MergeReadyLoop(loop.MergeReadyLoop):
             raise OptionError(
                 "`folder` is needed: the accelerator has no `project_dir` to put its files under."
             )
-        super().__init__(folder or Path(accelerator.project_dir) / FOLDER_NAME, **options)
+        super().__init__(folder or Path(accelerator.project_dir) / FOLDER_NAME, **with_sharing(options))
         self.accelerator = accelerator
         self._loaded_without_state: Path | None = None
         # register_for_checkpointing would pickle; hooks leave the format to us.

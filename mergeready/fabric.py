@@ -16,6 +16,7 @@ from torch import nn
 
 from mergeready.training import loop
 from mergeready.training.options import MonitorOptions, evaluating_inside
+from mergeready.validation.share import with_sharing
 
 
 class MergeReadyLoop(loop.MergeReadyLoop):
@@ -51,7 +52,7 @@ class MergeReadyLoop(loop.MergeReadyLoop):
     """
 
     def __init__(self, fabric: Fabric, folder: str | Path, **options: Unpack[MonitorOptions]) -> None:
-        super().__init__(folder, **evaluating_inside(options, fabric.autocast))
+        super().__init__(folder, **with_sharing(evaluating_inside(options, fabric.autocast)))
         self.fabric = fabric
 
     def prepare(

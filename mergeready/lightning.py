@@ -15,10 +15,11 @@ from mergeready.fabric import log_images
 from mergeready.training.history import History
 from mergeready.training.images import run_images
 from mergeready.training.monitor import Monitor, Outcome
-from mergeready.training.options import MonitorOptions, evaluating_inside, with_defaults
+from mergeready.training.options import MonitorOptions, evaluating_inside
 from mergeready.training.save import save_expert
 from mergeready.training.scalars import PREFIX
 from mergeready.training.techniques.technique_set import TechniqueSet
+from mergeready.validation.share import with_sharing
 
 FOLDER_NAME = "mergeready"
 
@@ -58,7 +59,7 @@ class MergeReadyCallback(Callback):  # type: ignore[misc]  # lightning is not ty
         **options: Unpack[MonitorOptions],
     ) -> None:
         self._model, self._folder, self._processor = model, folder, processor
-        self._options = with_defaults(options)
+        self._options = with_sharing(options)
         self.monitor = Monitor(**self._options)
         self._state: dict[str, Any] = {}
         self._step: int | None = None  # the last optimizer step seen; None outside training

@@ -6,8 +6,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import pytest
 import torch
 from hypothesis import settings
+
+from mergeready.validation import share
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 
@@ -15,3 +18,15 @@ torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 settings.register_profile("quick", deadline=None, max_examples=25, derandomize=True, database=None)
 settings.register_profile("thorough", deadline=None, max_examples=1000, database=None)
 settings.load_profile("quick")
+
+
+@pytest.fixture
+def sharing() -> None:
+    """For tests in which runs end as they do for users; see below."""
+
+
+@pytest.fixture(autouse=True)
+def _no_reports_of_runs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports on picks take a second each, and hundreds of tests train something."""
+    if "sharing" not in request.fixturenames:
+        monkeypatch.setattr(share, "share_run", None)

@@ -45,6 +45,11 @@ def validate(
         Path | None, typer.Option(help="history.jsonl of its training run, for the page's curves.")
     ] = None,
     card: Annotated[bool, typer.Option(help="Also write our section into the expert's README.md.")] = False,
+    push: Annotated[
+        str | None,
+        typer.Option(help="Also upload card, report and fingerprint to this repository of the hub."),
+    ] = None,
+    private: Annotated[bool, typer.Option(help="Make that repository private if it does not exist.")] = False,
 ) -> None:
     """Check an expert before it is shared. Exit code 0: nothing failed; 1: something did; 2: it could not run."""
     from mergeready.training.history import read_history
@@ -52,7 +57,10 @@ def validate(
     from mergeready.validation.card import write_card
     from mergeready.validation.evaluation import load_evaluation
     from mergeready.validation.page import write_page
+    from mergeready.validation.push import push_report
+    from mergeready.validation.share import fingerprint_of, finite
     from mergeready.weights.atomic import new_file
+    from mergeready.weights.open import resolve_folder
 
     try:
         looked_at = None if evaluation is None else load_evaluation(evaluation, base)
@@ -63,15 +71,23 @@ def validate(
             write_page(output, report, None if history is None else read_history(history))
         elif output is not None:
             with new_file(output) as temporary:
-                temporary.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+                temporary.write_text(json.dumps(finite(report.to_json()), indent=2) + "\n", encoding="utf-8")
         if card:
             write_card(expert, report, base=base)
+        if push is not None:
+            run = None if history is None else read_history(history)
+            made = None if base is None else fingerprint_of(expert, base)
+            address = push_report(
+                resolve_folder(expert), push, report, made, base=base, history=run, private=private
+            )
     except (MergeReadyError, OSError) as error:
         Console(stderr=True).print(
             f"[bold red]could not run:[/] {escape(str(error))}", highlight=False, soft_wrap=True
         )
         sys.exit(_COULD_NOT_RUN)
     _print_report(console(), report)
+    if push is not None:
+        console().print(f"Uploaded to {escape(address)}", highlight=False, soft_wrap=True)
     sys.exit(report.exit_code(fail_on))
 
 

@@ -29,6 +29,7 @@ class MergeReadyLoop:
         folder: Where ``history.jsonl``, ``picks/`` and ``summary.json`` go; one folder a run.
         **options: ``base``, ``peers``, ``probe``, ``stop``, ``on_stop``, ``measure`` and ``picks`` and
             ``techniques``, as :class:`~mergeready.training.monitor.Monitor` takes them. A probe needs its ``evaluate``.
+            With ``share=mergeready.share_run``, each pick gets fingerprint, report and card at the end.
 
     Attributes:
         steps: Optimizer steps taken so far.

@@ -19,6 +19,7 @@ from mergeready.training.agreement import agreed
 from mergeready.training.base_of_run import base_of_run
 from mergeready.training.difficulty.tracker import Difficulty, DifficultyTracker
 from mergeready.training.difficulty.watch import DifficultyWatch
+from mergeready.training.finish import FinishedRun, Share
 from mergeready.training.history import History, HistoryFile
 from mergeready.training.masters import Masters, MastersLike
 from mergeready.training.measure import measure
@@ -88,6 +89,8 @@ class Monitor:
         difficulty: How to track which examples are hard, True for the defaults; None for not at all. The training's
             examples need ids: see :func:`~mergeready.training.difficulty.ids.with_example_ids`.
         techniques: What changes training so that the expert merges better; objects, names, or names with settings.
+        share: Writes about the final picks at the end: fingerprint, report and card, as
+            :func:`~mergeready.validation.share.share_run` does; None for nothing.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class Monitor:
         masters: MastersLike | None = None,
         difficulty: Difficulty | bool | None = None,
         techniques: Sequence[TechniqueLike] = (),
+        share: Share | None = None,
     ) -> None:
         if isinstance(peers, str | Path | Peer | Fingerprint | Mapping | nn.Module):
             raise OptionError("`peers` must be a sequence of experts; put a single one into a list.")
@@ -112,6 +116,7 @@ class Monitor:
         self._given_peers = list(peers)
         self._given_masters = masters
         self.watch = DifficultyWatch(difficulty)
+        self._share = share
         self._measure_schedule = measure
         self.techniques = TechniqueSet(techniques)
         self.history: History = History()
@@ -243,11 +248,18 @@ class Monitor:
             self._store.prune(self.history)
 
     def finish(self) -> dict[str, Any]:
-        """At the end: finish techniques, remove what is not picked, write ``summary.json`` and return its content."""
+        """At the end: finish techniques, drop what is not picked, write ``summary.json``, share picks; the summary."""
         self.techniques.finish()
         self.on_save()
         self.watch.finish(self.folder)
-        return self.ranks.on_first(self._write_summary)
+        summary = self.ranks.on_first(self._write_summary)
+        if self._share is not None and self._store is not None and summary["picks"]:
+            picks = {label: self._store.path(step) for label, step in summary["picks"].items()}
+            run = FinishedRun(self.folder, picks, self.live.base, self._given_peers, self.history)
+            share = self._share
+            with self.live.base_readable():
+                self.ranks.on_first(lambda: share(run))
+        return summary
 
     def _write_summary(self) -> dict[str, Any]:
         selected = self._store.selected(self.history) if self._store and self.history.probes else {}

@@ -10,6 +10,7 @@ from torch import nn
 from mergeready.experts.base import Base
 from mergeready.merging.evaluation import Evaluate, Values
 from mergeready.training.difficulty.tracker import Difficulty
+from mergeready.training.finish import Share
 from mergeready.training.masters import MastersLike
 from mergeready.training.peers import Peer, PeerLike
 from mergeready.training.picks import Picks
@@ -33,6 +34,7 @@ class MonitorOptions(TypedDict, total=False):
     masters: MastersLike | None
     difficulty: Difficulty | bool | None
     techniques: Sequence[TechniqueLike]
+    share: Share | None
 
 
 def with_defaults(options: MonitorOptions) -> MonitorOptions:

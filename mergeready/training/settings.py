@@ -92,6 +92,7 @@ class RunSettings(BaseModel):
         measure: When to measure the task vector.
         picks: Which checkpoints to keep; False for none.
         difficulty: Whether, or how, to track which examples are hard.
+        share: Whether fingerprint, report and card are written beside them at the end.
 
     Example:
         >>> settings = RunSettings.parse({
@@ -113,6 +114,7 @@ class RunSettings(BaseModel):
     measure: Schedule = DEFAULT_MEASURE
     picks: Picks | Literal[False] = Picks()
     difficulty: bool | Difficulty = False
+    share: bool = True
 
     @classmethod
     def parse(cls, content: Mapping[str, Any]) -> RunSettings:
@@ -132,7 +134,7 @@ class RunSettings(BaseModel):
         Raises:
             OptionError: If the evaluation function cannot be found.
         """
-        return {
+        options: MonitorOptions = {
             "base": self.base,
             "peers": self.peers,
             "probe": self.probe.probe() if self.probe else None,
@@ -142,6 +144,9 @@ class RunSettings(BaseModel):
             "picks": self.picks or None,
             "difficulty": self.difficulty or None,
         }
+        if not self.share:
+            options["share"] = None
+        return options
 
 
 def _method(given: str | dict[str, dict[str, Any]]) -> MergeMethod:

@@ -14,13 +14,14 @@ from mergeready.merging.evaluation import Evaluate
 from mergeready.training.history import History
 from mergeready.training.images import run_images
 from mergeready.training.monitor import Monitor, Outcome
-from mergeready.training.options import MonitorOptions, with_defaults
+from mergeready.training.options import MonitorOptions
 from mergeready.training.save import save_expert
 from mergeready.training.scalars import PREFIX
 from mergeready.transformers.difficulty import carry_ids, require_ids
 from mergeready.transformers.evaluation import evaluate_with
 from mergeready.transformers.find import calling_trainer
 from mergeready.transformers.images import log_images
+from mergeready.validation.share import with_sharing
 from mergeready.weights.atomic import new_file
 
 FOLDER_NAME = "mergeready"
@@ -32,7 +33,8 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
     """Watch how well the model in training merges, steer it, and stop before merging suffers.
 
     Add it to a ``Trainer`` that you have already. Everything it writes goes to ``<output_dir>/mergeready/``:
-    ``history.jsonl``, ``picks/`` with the checkpoints worth keeping, ``summary.json``. Its scalars appear in the
+    ``history.jsonl``, ``picks/`` with the checkpoints worth keeping, each with fingerprint, report and card section,
+    ``summary.json``; ``push_to_hub`` takes them along. Its scalars appear in the
     Trainer's log under ``mergeready/``; any of them can be ``metric_for_best_model``, for example
     ``mergeready/merged/ties``.
 
@@ -50,6 +52,8 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         difficulty: True to track which training examples are hard; the examples get their ids by themselves.
         techniques: What changes training so that the expert merges better; objects, names, or names with settings.
             They act inside the Trainer's ``training_step``: before gradients are clipped, and of whole steps.
+        share: Writes about the picks at the end, :func:`~mergeready.validation.share.share_run` by default; None for
+            nothing.
 
     Example:
         >>> from mergeready import MergedPlateau, Probe
@@ -59,7 +63,7 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
     """
 
     def __init__(self, **options: Unpack[MonitorOptions]) -> None:
-        self._options = with_defaults(options)
+        self._options = with_sharing(options)
         self.monitor = Monitor(**self._options)
         self._trainer: weakref.ref[Trainer] | None = None
         self._entry: dict[str, Any] = {"attributes": {}}

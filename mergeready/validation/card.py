@@ -11,11 +11,12 @@ from mergeready.errors import MergeReadyError, OptionError
 from mergeready.experts.base import Base
 from mergeready.experts.record import read_record
 from mergeready.validation.check import Status, Verdict
+from mergeready.validation.public import without_paths
 from mergeready.validation.report import SCHEMA, Report
 from mergeready.weights.model_card import split_card, update_card
 from mergeready.weights.open import WeightsLike
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SIGNS: Mapping[Status, str] = {"passed": "✓", "failed": "✗", "not checked": "–"}
 
 
@@ -46,7 +47,7 @@ def write_card(
     """
     folder = Path(folder)
     for name, value in (("base_model", base_model), ("dataset", dataset)):
-        if value is not None and not _HUB_ID.fullmatch(value):
+        if value is not None and not HUB_ID.fullmatch(value):
             raise OptionError(f"`{name}` must be a hub id such as org/name, not {value!r}.")
     known = _known_fields(folder)
     fields: dict[str, Any] = {"tags": ["mergeready"]}
@@ -72,7 +73,7 @@ def section(report: Report) -> str:
     for verdict in report.verdicts:
         if verdict.status != "not checked":
             lines.append(
-                f"| {_SIGNS[verdict.status]} | {_cell(verdict.title)} | {_cell(_public(verdict.message))} |"
+                f"| {_SIGNS[verdict.status]} | {_cell(verdict.title)} | {_cell(without_paths(verdict.message))} |"
             )
     left = [v for v in report.verdicts if v.status == "not checked"]
     if left:
@@ -145,12 +146,7 @@ def _declared(folder: Path) -> str | None:
         name = read_adapter_config(folder).base_name
     except MergeReadyError:  # the report says what is wrong with it
         return None
-    return name if name and _HUB_ID.fullmatch(name) and not Path(name).exists() else None
-
-
-def _public(message: str) -> str:
-    """A message without local paths."""
-    return re.sub(r"(?<![\w:.])(?:/|[A-Za-z]:\\)[^\s,;:)]+", "…", message)
+    return name if name and HUB_ID.fullmatch(name) and not Path(name).exists() else None
 
 
 def _cell(text: str) -> str:

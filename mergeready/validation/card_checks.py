@@ -9,20 +9,12 @@ from typing import Any
 from mergeready.errors import FormatError, MergeReadyError, listing
 from mergeready.experts.record import read_record
 from mergeready.validation.check import Limits, NotCheckedError, Result, check, failed, passed
+from mergeready.validation.public import PRIVATE
 from mergeready.validation.subject import Subject
 from mergeready.weights.safetensors_file import SafetensorsFile
 from mergeready.weights.yaml_text import parse_yaml
 
 _FIELDS = ("base_model", "license")
-_PRIVATE = {
-    "a local path": re.compile(
-        r"(?<![\w:/.])(?:/(?:home|root|Users|tmp|mnt|data|scratch|workspace)/[^\s\"'`)]+|[A-Za-z]:\\\\?[^\s\"']+)"
-    ),
-    "an access token": re.compile(
-        r"\b(?:hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{30,}|gh[pousr]_[A-Za-z0-9]{30,})\b"
-    ),
-    "an e-mail address": re.compile(r"\b[\w.+-]{1,64}@[\w-]{1,63}\.[\w.-]{0,190}[a-z]{2,}\b"),
-}
 _TEXTS = ("*.json", "*.md", "*.yaml", "*.yml", "*.txt")
 _LARGEST_TEXT = 1_000_000
 _LONGEST_FIELDS = 100_000
@@ -41,7 +33,7 @@ def nothing_private(subject: Subject, limits: Limits) -> Result:
         {
             f"{kind} in {place}"
             for place, text in _texts(subject)
-            for kind, rule in _PRIVATE.items()
+            for kind, rule in PRIVATE.items()
             if rule.search(text)
         }
     )

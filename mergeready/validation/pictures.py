@@ -23,6 +23,7 @@ _STYLE = {
     "ytick.color": _INK,
     "grid.color": _INK,
     "svg.fonttype": "none",
+    "svg.hashsalt": "mergeready",  # or ids, and so the page, differ from time to time
     "font.family": "sans-serif",
 }
 
@@ -46,8 +47,11 @@ def figures(history: History | None, pairs: Pairs | None) -> dict[str, Callable[
 
 def to_svg(draw: Callable[[Any], None], prefix: str) -> str:
     """A figure as SVG to stand inside a page, in the page's own text colour, ids beginning with ``prefix``."""
-    buffer = io.StringIO()
-    _make(draw).savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    import matplotlib
+
+    buffer, figure = io.StringIO(), _make(draw)
+    with matplotlib.rc_context(_STYLE):  # text and ids are settled when it is written
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(_INK, "currentColor").replace(MARK_COLOR, "currentColor")
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from tests.cli.test_cli import run
+from tests.hub import serving
 from tests.validation.experts import write_base, write_full
 
 
@@ -35,3 +37,18 @@ def test_fixes_are_shown(law: Path, tmp_path: Path) -> None:
     assert done.exit_code == 1
     assert "every parameter equals the base's" in " ".join(done.stdout.split())
     assert "fix:" in done.stdout
+
+
+def test_push(law: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "s3cret" * 6)
+    with serving(monkeypatch) as hub:
+        done = run("validate", law, "--base", tmp_path / "base", "--push", "me/law")
+        assert done.exit_code == 0, done.output
+        assert "Uploaded to http://127.0.0.1" in done.stdout
+        assert "README.md" in hub.files
+        assert any(token.endswith("s3cret") for token in hub.tokens)
+        hub.refuse = 500
+        failed = run("validate", law, "--base", tmp_path / "base", "--push", "me/law")
+    assert failed.exit_code == 2
+    assert "s3cret" not in done.output + failed.output
