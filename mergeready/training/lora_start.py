@@ -53,10 +53,25 @@ def share_lora_a(
         >>> bool((first[:2] == lora_a("encoder.weight", rank=2, inputs=3)).all())
         True
     """
-    found = _fresh_factors(model, base)
+    found = _factors_a(model, base)
     for name, A in found.items():
         with torch.no_grad():
             A.copy_(lora_a(name, rank=A.shape[0], inputs=A.shape[1], seed=seed))
+        A.requires_grad_(False)
+    return found
+
+
+def freeze_lora_a(model: nn.Module, *, base: WeightsLike | Base | None = None) -> dict[str, nn.Parameter]:
+    """Freeze every A as it is, as a resumed run has to.
+
+    Returns:
+        The frozen parameters by base parameter name.
+
+    Raises:
+        UnsupportedError: As :func:`share_lora_a`.
+    """
+    found = _factors_a(model, base, fresh=False)
+    for A in found.values():
         A.requires_grad_(False)
     return found
 
@@ -108,7 +123,7 @@ def start_orthogonal(
         raise OptionError(
             "there is nothing to be orthogonal to: pass factors or input Gram matrices of peers."
         )
-    found = _fresh_factors(model, base)
+    found = _factors_a(model, base)
     opened = [_open(peer) for peer in peers]
     problems: list[str] = []
     grams: dict[str, list[Tensor]] = {}
@@ -164,7 +179,9 @@ def _gram(source: KroneckerFactors | Information, name: str) -> Tensor | None:
     return None
 
 
-def _fresh_factors(model: nn.Module, base: WeightsLike | Base | None) -> dict[str, nn.Parameter]:
+def _factors_a(
+    model: nn.Module, base: WeightsLike | Base | None, *, fresh: bool = True
+) -> dict[str, nn.Parameter]:
     """A of each LoRA layer by base parameter name."""
     live = LiveExpert(model, base) if _is_lora(model) else None
     if live is None:
@@ -191,7 +208,7 @@ def _fresh_factors(model: nn.Module, base: WeightsLike | Base | None) -> dict[st
         raise UnsupportedError(
             f"only LoRA on linear layers is supported, not: {listing(strange) or 'no layer at all'}."
         )
-    if trained:
+    if fresh and trained:
         raise OptionError(
             f"the adapter is trained already: another A would change what it does in {listing(trained)}. Start afresh."
         )

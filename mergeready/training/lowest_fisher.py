@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ def lowest_fisher(
     rounds: int = 4,
     forward: Forward | None = None,
     seed: int = 0,
+    among: Collection[str] | None = None,
 ) -> dict[str, Tensor]:
     """Masks of the share of weights with the smallest diagonal Fisher information: those that may train.
 
@@ -45,6 +46,7 @@ def lowest_fisher(
         rounds: How many rounds.
         forward: Gives the logits of a batch.
         seed: Seed of the draws.
+        among: Names of the parameters that take part; all by default.
 
     Returns:
         Boolean masks on the CPU by parameter name; all others are to be frozen.
@@ -69,7 +71,12 @@ def lowest_fisher(
             "masks are for models that are trained whole; a LoRA adapter is low-rank already."
         )
     require_repeatable(batches)
-    parameters = _maskable(model)
+    chosen = _maskable(model)
+    parameters = {name: p for name, p in chosen.items() if among is None or name in among}
+    if not parameters:
+        raise OptionError(
+            "there is no parameter to mask: all are frozen, embeddings, or not among those named."
+        )
     masks = {name: torch.ones(p.shape, dtype=torch.bool) for name, p in parameters.items()}
     with untouched(unwrap(model), parameters) as kept:
         for done in range(1, rounds + 1):

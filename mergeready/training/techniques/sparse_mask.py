@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from mergeready.errors import HistoryError, OptionError, UnsupportedError
+from mergeready.training.batches import Batches, Forward, require_repeatable
+from mergeready.training.lowest_fisher import lowest_fisher
+from mergeready.training.techniques.registry import register
+from mergeready.training.techniques.run import TechniqueRun
+from mergeready.training.techniques.technique import Running, Technique, Touch
+from mergeready.training.techniques.trained import Whole
+from mergeready.training.techniques.whole import require_whole
+from mergeready.weights.module import module_parameters
+from mergeready.weights.shards import local
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class SparseMask(Technique):
+    """Train only the weights that predictions depend on least (TaLoS); all others stay at the base, bit for bit.
+
+    Masks are made once, at the base: :func:`mergeready.training.lowest_fisher.lowest_fisher`. Gradients outside are
+    zeroed before clipping; after the update, weights outside are put back, as weight decay moves them too. Parameters
+    that the base lacks, such as the task's head, train freely. Iurada et al. (arXiv 2504.02620), who train a tenth;
+    their figures for eight ViT-B/32 experts are 77.4 in a reproduction, against 70.4 plain.
+
+    Cost: ``rounds`` × examples backward passes at the start; a product and a copy a step; a byte a weight.
+
+    Attributes:
+        batches: Inputs of this run's task, a few hundred examples; labels are not used.
+        share: Share of the weights that trains, in (0, 1).
+        rounds: Rounds of scoring.
+        forward: Gives the logits of a batch.
+        seed: Seed of the labels that are drawn.
+
+    Example:
+        >>> SparseMask(batches=[torch.ones(4, 3)]).share
+        0.1
+    """
+
+    name: ClassVar[str] = "sparse_mask"
+    touches: ClassVar[frozenset[Touch]] = frozenset({Touch.GRADIENTS, Touch.WEIGHTS})
+
+    batches: Batches
+    share: float = 0.1
+    rounds: int = 4
+    forward: Forward | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise OptionError(f"`share` must be between 0 and 1, not {self.share}.")
+        if self.rounds < 1:
+            raise OptionError(f"`rounds` must be at least 1, not {self.rounds}.")
+        require_repeatable(self.batches)
+
+    def begin(self, run: TechniqueRun) -> Running:
+        if run.live.is_peft:
+            raise UnsupportedError("sparse_mask is for models that are trained whole, not for adapters.")
+        weights = [weight for weight in run.weights.values() if isinstance(weight, Whole)]
+        require_whole(self.name, weights)
+        if run.step:
+            return _Masked(weights, None)  # made at the base; the loaded state has it
+        own = {id(parameter): name for name, parameter in module_parameters(run.live.model).items()}
+        names = {own[id(weight.parameters[0])]: weight.name for weight in weights}
+        found = lowest_fisher(
+            run.live.model,
+            self.batches,
+            share=self.share,
+            rounds=self.rounds,
+            forward=self.forward,
+            seed=self.seed,
+            among=names,
+        )
+        return _Masked(weights, {names[name]: mask for name, mask in found.items()})
+
+
+class _Masked(Running):
+    def __init__(self, weights: list[Whole], masks: Mapping[str, Tensor] | None) -> None:
+        self._weights = weights
+        self._masks = None if masks is None else self._placed(masks)
+
+    def edit_gradients(self, step: int) -> None:
+        for weight, mask in self._pairs():
+            gradient = weight.parameters[0].grad
+            if gradient is not None:
+                local(gradient).mul_(mask)
+
+    @torch.no_grad()
+    def after_update(self, step: int) -> None:
+        for weight, mask in self._pairs():
+            weight.target.copy_(torch.where(mask, weight.target, weight.base.to(weight.target.dtype)))
+
+    def scalars(self) -> Mapping[str, float]:
+        pairs = self._pairs()
+        return {"share": sum(int(m.sum()) for _, m in pairs) / max(sum(m.numel() for _, m in pairs), 1)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {weight.name: mask.cpu() for weight, mask in self._pairs()}
+
+    def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        self._masks = self._placed(tensors)
+
+    def _placed(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A mask for every weight, where it is; weights that no mask names are frozen."""
+        return {
+            weight.name: masks[weight.name].to(weight.target.device, torch.bool)
+            if weight.name in masks
+            else torch.zeros(weight.block.sizes, dtype=torch.bool, device=weight.target.device)
+            for weight in self._weights
+        }
+
+    def _pairs(self) -> list[tuple[Whole, Tensor]]:
+        if self._masks is None:
+            raise HistoryError("sparse_mask is resumed without its masks: load the monitor's saved state.")
+        return [(weight, self._masks[weight.name]) for weight in self._weights]

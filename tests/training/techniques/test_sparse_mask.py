@@ -1,0 +1,79 @@
+"""Only the lowest scores move, under decay and momentum; a resumed run goes on with the same masks."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+from torch import Tensor
+
+from mergeready import lowest_fisher
+from mergeready.errors import HistoryError, OptionError, UnsupportedError
+from mergeready.training.techniques.sparse_mask import SparseMask
+from tests.sharded import adapter
+from tests.training.small import Net, equal, examples, state_of
+from tests.training.techniques.drive import adamw, net, started, train
+
+DATA = [examples(1, 0, 16)[0]]
+
+
+def run(steps: int, stop_at: int | None = None) -> dict[str, Tensor]:
+    model = net()
+    optimizer = adamw(model)
+    chosen = started([SparseMask(batches=DATA, share=0.2)], model, Net(), optimizer=optimizer)
+    if stop_at is None:
+        train(chosen, model, optimizer, 1, steps)
+        return state_of(model)
+    train(chosen, model, optimizer, 1, stop_at)
+    saved = chosen.state_dict(), chosen.tensors()
+    again = net()
+    again.load_state_dict(state_of(model))
+    continued = adamw(again)
+    continued.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    chosen = started(
+        [SparseMask(batches=DATA, share=0.2)], again, Net(), optimizer=continued, step=stop_at, saved=saved
+    )
+    train(chosen, again, continued, stop_at + 1, steps)
+    return state_of(again)
+
+
+def test_only_the_lowest_scores_move() -> None:
+    masks = lowest_fisher(Net(), DATA, share=0.2)
+    start, after = state_of(Net()), run(6)
+    moved = {n: after[n] != start[n] for n in start}
+    assert all(not bool((moved[n] & ~masks[n]).any()) for n in masks)  # bit for bit, though AdamW decays
+    assert sum(int(m.sum()) for m in moved.values()) > 0.8 * sum(int(m.sum()) for m in masks.values())
+
+
+def test_resume_is_exact() -> None:
+    assert equal(run(6), run(6, stop_at=3))
+
+
+def test_head_and_share() -> None:
+    model = net()
+    optimizer = adamw(model)
+    chosen = started(
+        [SparseMask(batches=DATA, share=0.1)],
+        model,
+        {n: t for n, t in state_of(Net()).items() if "head" not in n},
+        optimizer=optimizer,
+    )
+    assert chosen.scalars()["sparse_mask/share"] == pytest.approx(0.1, abs=0.002)
+    before = state_of(model)
+    train(chosen, model, optimizer, 1, 2)
+    assert bool((state_of(model)["head.weight"] != before["head.weight"]).all())  # trains freely
+
+
+def test_what_does_not_serve_is_refused() -> None:
+    for options in ({"share": 0.0}, {"share": 1.0}, {"rounds": 0}):
+        with pytest.raises(OptionError):
+            SparseMask(batches=DATA, **options)
+    with pytest.raises(OptionError, match="more than once"):
+        SparseMask(batches=iter(DATA))
+    with pytest.raises(UnsupportedError, match="not for adapters"):
+        model = adapter(Net())
+        started([SparseMask(batches=DATA)], model, optimizer=adamw(model))
+    model = net()
+    chosen = started([SparseMask(batches=DATA)], model, Net(), optimizer=adamw(model), step=3)
+    with pytest.raises(HistoryError, match="without its masks"):
+        chosen.gradients_ready()
