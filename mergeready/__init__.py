@@ -56,6 +56,13 @@ if TYPE_CHECKING:
     from mergeready.training.similarity import LinearCka, representation_similarity
     from mergeready.training.surrogates import Surrogates
     from mergeready.training.techniques.drift_penalty import DriftPenalty
+    from mergeready.training.techniques.jacobian_penalty import JacobianPenalty
+    from mergeready.training.techniques.kronecker_penalty import KroneckerPenalty
+    from mergeready.training.techniques.lora_overlap import LoraOverlap
+    from mergeready.training.techniques.lora_start import OrthogonalStart, SharedLoraA
+    from mergeready.training.techniques.peer_projection import PeerProjection
+    from mergeready.training.techniques.sparse_mask import SparseMask
+    from mergeready.training.techniques.train_only import TrainOnly
     from mergeready.training.train_only import train_only
     from mergeready.validation.share import share_run
 
@@ -122,6 +129,13 @@ _PLACES = {
     "mergeready.training.similarity": ["LinearCka", "representation_similarity"],
     "mergeready.training.surrogates": ["Surrogates"],
     "mergeready.training.techniques.drift_penalty": ["DriftPenalty"],
+    "mergeready.training.techniques.jacobian_penalty": ["JacobianPenalty"],
+    "mergeready.training.techniques.kronecker_penalty": ["KroneckerPenalty"],
+    "mergeready.training.techniques.lora_overlap": ["LoraOverlap"],
+    "mergeready.training.techniques.lora_start": ["OrthogonalStart", "SharedLoraA"],
+    "mergeready.training.techniques.peer_projection": ["PeerProjection"],
+    "mergeready.training.techniques.sparse_mask": ["SparseMask"],
+    "mergeready.training.techniques.train_only": ["TrainOnly"],
     "mergeready.training.train_only": ["train_only"],
     "mergeready.validation.share": ["share_run"],
 }
@@ -146,9 +160,12 @@ __all__ = [
     "Forgetting",
     "History",
     "Inspection",
+    "JacobianPenalty",
     "KroneckerFactors",
+    "KroneckerPenalty",
     "LatePart",
     "LinearCka",
+    "LoraOverlap",
     "ManyShot",
     "MergePlan",
     "MergeReadyError",
@@ -157,15 +174,20 @@ __all__ = [
     "MergedPlateau",
     "Monitor",
     "NormBudget",
+    "OrthogonalStart",
     "Peer",
+    "PeerProjection",
     "Picks",
     "Prediction",
     "Probe",
     "Recalibration",
     "Schedule",
+    "SharedLoraA",
+    "SparseMask",
     "SubspaceComparison",
     "Surrogates",
     "TaskVector",
+    "TrainOnly",
     "TunedScale",
     "accuracy_by_subset",
     "adamerging",

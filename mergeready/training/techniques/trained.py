@@ -100,6 +100,11 @@ class Factored(Trained):
     def parameters(self) -> list[nn.Parameter]:
         return [factor for factor in self.factors if factor.requires_grad]
 
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the change is ``(B A)ᵀ``: of layers that store their weight as (inputs, outputs), and embeddings."""
+        return bool(getattr(self._layer, "fan_in_fan_out", False)) or not self._layer.lora_A
+
     def change(self) -> Tensor:
         """τ with its graph back to the factors."""
         change: Tensor = self._layer.get_delta_weight(self._adapter)

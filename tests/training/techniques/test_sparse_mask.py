@@ -70,8 +70,8 @@ def test_what_does_not_serve_is_refused() -> None:
             SparseMask(batches=DATA, **options)
     with pytest.raises(OptionError, match="more than once"):
         SparseMask(batches=iter(DATA))
+    model = adapter(Net())
     with pytest.raises(UnsupportedError, match="not for adapters"):
-        model = adapter(Net())
         started([SparseMask(batches=DATA)], model, optimizer=adamw(model))
     model = net()
     chosen = started([SparseMask(batches=DATA)], model, Net(), optimizer=adamw(model), step=3)
