@@ -170,8 +170,20 @@ def test_two_ranks_write_one_history_as_a_single_process_does(world: Path, tmp_p
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_ranks_stop_together(world: Path, tmp_path: Path, name: str) -> None:
-    changes = {"probe": None, "stop": mergeready.NormBudget(max_norm=1e-9)}
-    assert run_ranks(on_a_rank, 2, name, world, tmp_path, changes) == [1, 1]
+    """At the third measurement, where a single process stops, with its figures."""
+    norms = [record["norm"] for record in records(world / "single") if record["kind"] == "metrics"]
+    changes: dict[str, Any] = {
+        "probe": None,
+        "stop": mergeready.NormBudget(max_norm=(norms[1] + norms[2]) / 2),
+    }
+    assert run_ranks(on_a_rank, 2, name, world, tmp_path, changes) == [4, 4]
+    if not (world / "stopped").exists():
+        run_plain(world, world / "stopped", **changes)
+    assert records(tmp_path)[-1]["kind"] == "decision"
+    ours, expected = (
+        [r for r in records(path) if r["kind"] != "decision"] for path in (tmp_path, world / "stopped")
+    )
+    assert close(ours, expected)
 
 
 def accelerated(world: Path, folder: Path, crash: int | None, resume: bool) -> None:

@@ -68,12 +68,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("layout", "kind"), [("ddp", "full"), ("fsdp2", "full"), ("fsdp2", "adapter")])
-def test_a_run_is_that_of_one_process(layout: str, kind: str, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("layout", "kind", "size"),
+    [
+        ("ddp", "full", 2),
+        ("fsdp2", "full", 2),
+        ("fsdp2", "adapter", 2),
+        pytest.param("tensor_parallel", "full", 2, marks=pytest.mark.slow),
+        pytest.param("fsdp2", "full", 4, marks=pytest.mark.slow),
+        pytest.param("fsdp2_and_tensor_parallel", "full", 4, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_is_that_of_one_process(
+    layout: str, kind: str, size: int, folder: Path, tmp_path: Path
+) -> None:
     """Every rank is given the same batches, so one process can be compared with."""
     alone = run(None, folder, tmp_path / "alone", kind=kind)
-    results = run_ranks(run, 2, layout, folder, tmp_path / "together", True, kind)
-    unwatched = run_ranks(run, 2, layout, folder, tmp_path / "unwatched", False, kind)
+    results = run_ranks(run, size, layout, folder, tmp_path / "together", True, kind)
+    unwatched = run_ranks(run, size, layout, folder, tmp_path / "unwatched", False, kind)
     for found in results:
         assert equal(found["state"], unwatched[0]["state"]), "probes left a trace"
         assert found["history"] == results[0]["history"]
