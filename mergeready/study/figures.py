@@ -174,7 +174,7 @@ def _legend(figure: Any, axes: Any, title: str | None) -> None:
         handles,
         labels,
         loc="outside lower center",
-        ncols=min(len(labels), 7),
+        ncols=min(len(labels), max(2, int(figure.get_size_inches()[0] / 1.9))),
         frameon=False,
         title=title,
         title_fontsize=9,

@@ -112,7 +112,13 @@ class Runner:
     def _names(self) -> list[str]:
         if self.settings.tasks is not None:
             return list(self.settings.tasks)
-        return list(self._suite(self.settings.seeds[0])[1])
+        # Kept, so that tables can be drawn where the suite's data are not at hand.
+        digest = base_digest(self.settings, [])
+        kept = self.store.read("suite", "tasks", digest)
+        if kept is None:
+            kept = {"digest": digest, "tasks": list(self._suite(self.settings.seeds[0])[1])}
+            self.store.write("suite", "tasks", kept)
+        return list(kept["tasks"])
 
     def _suite(self, seed: int) -> tuple[StudySuite, dict[str, StudyTask]]:
         if seed not in self._opened:

@@ -1,0 +1,63 @@
+"""Recommendations follow from cells that are kept, and the pages from the cells alone."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+
+from benchmarks import study_report
+from mergeready.merging import method_names
+from mergeready.study.results import Results
+from mergeready.study.run import Runner
+from mergeready.study.settings import load_study
+
+ROOT = Path(study_report.__file__).parent.parent
+SITUATIONS = yaml.safe_load((ROOT / "mergeready/recommendations.yaml").read_text())["situations"]
+
+
+@cache
+def kept(name: str) -> Results:
+    return Results(
+        Runner(
+            load_study(ROOT / f"benchmarks/studies/{name}.yaml"), ROOT / f"benchmarks/results/study/{name}"
+        ).results()
+    )
+
+
+@pytest.mark.parametrize("entry", SITUATIONS, ids=lambda entry: str(entry["when"]))
+def test_a_recommendation_names_cells_that_exist_or_says_not_measured(entry: dict[str, object]) -> None:
+    if entry["recommend"] == "not measured":
+        assert "settings" not in entry
+        return
+    known = {cell.key for cell in kept(str(entry["study"])).contents}
+    for key in entry["cells"]:  # type: ignore[attr-defined]
+        assert {key.replace("*", seed) for seed in "012"} <= known
+
+
+def test_the_recommended_methods_differ_as_the_cells_say() -> None:
+    results = kept("overtraining")
+    end = ("constant", 256)
+    for method in SITUATIONS[0]["when"]["merge"]:
+        best = results.best_step("constant", method)
+        change = results.difference((*end, method), ("constant", best, method))
+        assert change is not None
+        assert change.over_examples().high < 0  # type: ignore[operator]
+    for method in SITUATIONS[1]["when"]["merge"]:
+        best = results.best_step("constant", method)
+        change = results.difference((*end, method), ("constant", best, method))
+        assert change is not None
+        assert change.over_examples().high > 0  # type: ignore[operator]
+    over = results.difference((*end, "tsv_m"), ("constant", 64, "task_arithmetic"))
+    assert over is not None
+    assert over.over_seeds().low > 0  # type: ignore[operator]
+    assert SITUATIONS[2]["settings"]["merge"]["method"] in method_names()
+
+
+def test_pages_are_what_the_cells_give() -> None:
+    """``python -m benchmarks.study_report`` writes them."""
+    found = study_report.pages({name: kept(name) for name in study_report.NAMES})
+    for name, text in found.items():
+        assert (ROOT / "docs" / name).read_text() == text
