@@ -46,8 +46,8 @@ def compare(
         bool,
         typer.Option(
             "--subspaces",
-            help="Also compare singular directions. Slow: a float64 SVD of every matrix of every expert, some minutes "
-            "for eight experts of 22 million parameters.",
+            help="Also compare singular directions. Slow: a float64 SVD of every matrix of every expert, about 2 CPU "
+            "seconds an expert for a six-layer encoder of width 384, and growing with the cube of the width.",
         ),
     ] = False,
     strict: StrictOption = True,

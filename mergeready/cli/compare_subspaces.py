@@ -60,7 +60,8 @@ def print_subspaces(screen: Console, found: SubspaceComparison) -> None:
         overlap.add_row(f"{index + 1} {label}", *cells)
     screen.print(overlap)
     screen.print(
-        f"Means over {found.matrices} matrices. Singular task interference {found.interference:.3f} of the singular "
-        f"values; the sum does {found.times_over:.2f} times over what the experts do.",
+        f"Means over {found.matrices} matrices. Singular task interference of leading directions "
+        f"{found.interference:.3f} of their singular values; the sum does {found.times_over:.2f} times over what the "
+        "experts do.",
         highlight=False,
     )

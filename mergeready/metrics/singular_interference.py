@@ -42,7 +42,9 @@ def singular_interference(deltas: Sequence[Tensor], rank: int | None = None) -> 
 def relative_interference(deltas: Sequence[Tensor], rank: int | None = None) -> float:
     """The same over the sum of the singular values that take part: independent of the deltas' size.
 
-    1 where an expert is given twice. NaN where nothing is changed.
+    1 where an expert is given twice. NaN where nothing is changed. Not bounded: every pair of directions adds its small
+    overlap, so strangers with hundreds of directions each come out far above 1. Compare only values of one rank and
+    shape; few leading directions (``rank``) tell strangers from relatives.
 
     Raises:
         OptionError: As :func:`singular_interference`.

@@ -15,7 +15,7 @@ from mergeready.experts.svd import thin_svd, total
 from mergeready.experts.task_vector import TaskVector
 from mergeready.metrics.over_accumulation import times_over_of
 from mergeready.metrics.right_overlap import RANK, chance_overlap, overlap_of
-from mergeready.metrics.singular_interference import interference_of, kept_directions
+from mergeready.metrics.singular_interference import interference_of
 from mergeready.metrics.spectrum import spectrum_of
 from mergeready.metrics.subspace_alignment import KEPT, leading_of, share_inside
 
@@ -30,7 +30,7 @@ class SubspaceComparison:
         alignment: Subspace alignment ratio of each expert with the merge, in [0, 1].
         overlap: Overlap of the leading right singular subspaces by pair, a list of rows; NaN without a common matrix.
         overlap_by_chance: What two strangers would have.
-        interference: Singular task interference of all, over the sum of their singular values.
+        interference: Singular task interference of all leading directions, over the sum of their singular values.
         times_over: How many times over the merge does what the experts do; 1 without shared directions.
         stable_rank: ‖τ‖²_F / ‖τ‖²₂ of each expert.
         effective_rank: Effective rank of each expert.
@@ -60,14 +60,14 @@ def compare_subspaces(
     Kernels of convolutions count as matrices of (out, in · height · width). Matrices that fewer than two experts
     change are left out. Low-rank experts are compared as small cores in a common basis, exactly.
 
-    *Cost*: one float64 SVD a matrix for each expert and one for the merge; memory is one matrix of all of them. On
-    one CPU core about 0.15 s for a matrix of 384 × 1536.
+    *Cost*: one float64 SVD a matrix for each expert and one for the merge; memory is one matrix of all of them. On one
+    CPU core about 2 s an expert for the 36 matrices of a six-layer encoder of width 384.
 
     Args:
         vectors: The experts, at least two.
         merged: The merge that alignment and over-accumulation are measured against; by default the experts' sum, as
             task arithmetic makes it.
-        rank: Leading directions for the overlap.
+        rank: Leading directions of each expert, for overlap and interference.
         kept: Share of the merge's norm that its leading directions hold, for the alignment.
 
     Raises:
@@ -170,8 +170,7 @@ def _add_matrix(sums: _Sums, frame: Frame, merged_given: bool, rank: int, kept: 
     sums.matrices += 1
     _add_experts(sums, triples, rank)
     sums.chance.add(chance_overlap(frame.shape[1], rank))
-    most = kept_directions(frame.shape, len(changes))
-    strongest = [(U[:, :most], values[:most], V[:most]) for U, values, V in triples.values()]
+    strongest = [(U[:, :rank], values[:rank], V[:rank]) for U, values, V in triples.values()]
     sums.interference.add(interference_of(strongest) / sum(float(values.sum()) for _, values, _ in strongest))
     merge = thin_svd(goal)
     basis = leading_of(merge[0], merge[1], kept)

@@ -79,3 +79,11 @@ def test_arguments_are_checked() -> None:
         singular_interference([])
     with pytest.raises(OptionError, match="`rank` must be at least 1, not 0"):
         relative_interference([torch.eye(2)], rank=0)
+
+
+def test_few_directions_tell_strangers_from_relatives_and_many_do_not() -> None:
+    """What the docstring warns of: the sum over all pairs of directions is not bounded."""
+    strangers = list(torch.randn(2, 120, 120, dtype=torch.float64))
+    relatives = [strangers[0], strangers[0] + 0.1 * strangers[1]]
+    assert relative_interference(strangers, rank=60) > 2
+    assert relative_interference(strangers, rank=4) < 0.5 < relative_interference(relatives, rank=4)

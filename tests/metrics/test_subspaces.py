@@ -46,7 +46,7 @@ def test_is_the_mean_over_matrices() -> None:
             overlaps = [right_overlap(p[i], p[j], 4) for p in (first, second)]
             assert found.overlap[i][j] == pytest.approx(np.mean(overlaps), rel=1e-6)
     assert found.interference == pytest.approx(
-        np.mean([relative_interference(p) for p in (first, second)]), rel=1e-6
+        np.mean([relative_interference(p, rank=4) for p in (first, second)]), rel=1e-6
     )
     assert found.overlap_by_chance == pytest.approx((4 / 20 + 4 / 9) / 2)
 
