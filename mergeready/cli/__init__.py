@@ -7,7 +7,7 @@ import sys
 from rich.console import Console
 from rich.markup import escape
 
-from mergeready.cli import compare, demo, factors, fingerprint, inspect, merge, study, validate  # noqa: F401 - each registers its command
+from mergeready.cli import compare, demo, factors, fingerprint, inspect, merge, study, train, validate  # noqa: F401 - each registers its command
 from mergeready.cli.app import app
 from mergeready.errors import MergeReadyError
 

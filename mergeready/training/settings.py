@@ -60,7 +60,7 @@ class ProbeSettings(BaseModel):
     @classmethod
     def _known(cls, merge: list[str | dict[str, dict[str, Any]]]) -> list[str | dict[str, dict[str, Any]]]:
         for given in merge:
-            _method(given)
+            merge_method(given)
         return merge
 
     def probe(self) -> Probe:
@@ -70,7 +70,7 @@ class ProbeSettings(BaseModel):
             OptionError: If the evaluation function cannot be found.
         """
         return Probe(
-            merge=[_method(given) for given in self.merge],
+            merge=[merge_method(given) for given in self.merge],
             scales=self.scales,
             evaluate=None if self.evaluate is None else _function(self.evaluate),
             metric=self.metric,
@@ -149,7 +149,15 @@ class RunSettings(BaseModel):
         return options
 
 
-def _method(given: str | dict[str, dict[str, Any]]) -> MergeMethod:
+def merge_method(given: str | dict[str, dict[str, Any]]) -> MergeMethod:
+    """A merge method as settings name it: its name, or its name with parameters.
+
+    Raises:
+        OptionError: If there is no such method or parameter.
+
+    >>> merge_method({"ties": {"density": 0.3}}).name
+    'ties'
+    """
     if isinstance(given, str):
         return make_method(given)
     if len(given) != 1:

@@ -1,0 +1,50 @@
+"""A recipe's optimisation as arguments of a Trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mergeready.recipes.recipe import Recipe
+
+
+def training_arguments(recipe: Recipe, examples: int) -> dict[str, Any]:
+    """Arguments of ``TrainingArguments``, and of TRL's, which extend them.
+
+    Args:
+        recipe: The recipe.
+        examples: Number of training examples, to know a tenth of the run.
+    """
+    wanted = recipe.optimisation
+    steps = wanted.steps
+    if steps is None:
+        steps = int((wanted.epochs or 1) * examples / (wanted.batch_size * wanted.accumulate))
+    made: dict[str, Any] = {
+        "output_dir": recipe.output,
+        "learning_rate": wanted.learning_rate,
+        "lr_scheduler_type": wanted.schedule,
+        "warmup_steps": wanted.warmup,
+        "per_device_train_batch_size": wanted.batch_size,
+        "per_device_eval_batch_size": wanted.batch_size,
+        "gradient_accumulation_steps": wanted.accumulate,
+        "optim": wanted.optimizer,
+        "weight_decay": wanted.weight_decay,
+        "max_grad_norm": wanted.clip,
+        "seed": wanted.seed,
+        "data_seed": wanted.seed,
+        "bf16": wanted.precision == "bfloat16",
+        "fp16": wanted.precision == "float16",
+        "use_cpu": wanted.device == "cpu",
+        "save_strategy": "steps",
+        "save_steps": wanted.save_every or max(steps // 10, 1),
+        "save_total_limit": 1,
+        "logging_steps": wanted.log_every,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "eval_strategy": "no",
+    }
+    if wanted.activation_checkpointing:
+        made["gradient_checkpointing"] = True
+    made |= {"max_steps": wanted.steps} if wanted.steps is not None else {"num_train_epochs": wanted.epochs}
+    if wanted.sharding == "fsdp2":
+        made |= {"fsdp": "full_shard", "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT"}}
+    return made

@@ -1,0 +1,99 @@
+"""A recipe's datasets, from wherever they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+
+from mergeready.errors import OptionError, listing
+from mergeready.recipes.sources import DataSettings, Split
+from mergeready.recipes.targets import call_target, is_target
+
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+_READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+def load_data(settings: DataSettings, seed: int) -> dict[Split, Dataset]:
+    """Datasets by split: ``train`` always, ``validation`` always (held out if there is none), ``test`` if there is one.
+
+    Raises:
+        OptionError: If there is no such data, or no training split in it.
+    """
+    found = _load(settings)
+    named = {split: settings.splits.get(split, split) for split in SPLITS}
+    missing = [name for split, name in named.items() if name not in found and split in settings.splits]
+    if missing or named["train"] not in found:
+        raise OptionError(
+            f"`data` has no split {listing(missing or [named['train']])}; it has {listing(found)}. Say which is which "
+            "with `data.splits`, such as splits: {train: all}."
+        )
+    splits: dict[Split, Dataset] = {split: found[name] for split, name in named.items() if name in found}
+    if "validation" not in splits:
+        parts = splits["train"].train_test_split(test_size=settings.holdout, seed=seed)
+        splits |= {"train": parts["train"], "validation": parts["test"]}
+    for split, most in settings.limit.items():
+        if split in splits and len(splits[split]) > most:
+            splits[split] = splits[split].shuffle(seed=seed).select(range(most))
+    return splits
+
+
+def _load(settings: DataSettings) -> Mapping[str, Dataset]:
+    if settings.files is not None:
+        return _from_files(settings.files)
+    name = cast("str", settings.name)
+    if is_target(name):
+        return _by_split(call_target(name, "data", settings.arguments), name)
+    path = Path(name)
+    if path.is_dir():
+        stored = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+        return _by_split(load_from_disk(name) if stored else load_dataset(name), name)
+    if path.suffix in _READERS:
+        return _from_files({"train": name})
+    try:
+        return _by_split(load_dataset(name, settings.subset, revision=settings.revision), name)
+    except (OSError, ValueError) as error:
+        raise OptionError(
+            f"`data` names {name}, which is no folder or file here, and as a hub id it cannot be loaded: {error}"
+        ) from error
+
+
+def _from_files(files: Mapping[Split, str | list[str]]) -> Mapping[str, Dataset]:
+    by_split = {split: [paths] if isinstance(paths, str) else paths for split, paths in files.items()}
+    every = [Path(path) for paths in by_split.values() for path in paths]
+    absent = [str(path) for path in every if not path.is_file()]
+    if absent:
+        raise OptionError(f"`data.files` names what is not there: {listing(absent)}.")
+    kinds = {_READERS.get(path.suffix) for path in every}
+    if len(kinds) != 1 or None in kinds:
+        raise OptionError(
+            f"`data.files` must all be csv, json, jsonl or parquet, not {listing(map(str, every))}."
+        )
+    reader = cast("str", kinds.pop())
+    options = {"delimiter": "\t"} if every[0].suffix == ".tsv" else {}
+    return _by_split(load_dataset(reader, data_files=by_split, **options), "the files")
+
+
+def _by_split(found: Any, name: str) -> Mapping[str, Dataset]:
+    if isinstance(found, Dataset):
+        return {"train": found}
+    if isinstance(found, DatasetDict | Mapping) and all(isinstance(part, Dataset) for part in found.values()):
+        return dict(found)
+    kind = "a streamed dataset" if isinstance(found, IterableDataset) else f"a {type(found).__name__}"
+    raise OptionError(f"`data`: {name} gave {kind} instead of a dataset or datasets by split.")
+
+
+def require_columns(splits: Mapping[Split, Dataset], columns: list[str], key: str) -> None:
+    """Raise if a split lacks a column.
+
+    Raises:
+        OptionError: If so.
+    """
+    for split, data in splits.items():
+        missing = [column for column in columns if column not in data.column_names]
+        if missing:
+            raise OptionError(
+                f"`{key}` names {listing(missing)}, but the {split} data has the columns {listing(data.column_names)}."
+            )

@@ -1,0 +1,96 @@
+"""Going on with a run that was interrupted, and refusing to mix two runs in one folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mergeready.errors import OutputExistsError, listing
+from mergeready.recipes.document import read_document
+from mergeready.recipes.problems import dotted
+from mergeready.recipes.recipe import Recipe, recipe_content
+from mergeready.weights.atomic import new_file
+from mergeready.weights.ranks import is_first_process
+
+RECIPE_NAME = "recipe.yaml"
+STATE_NAME = "trainer_state.json"
+
+
+def claim(recipe: Recipe) -> Path:
+    """Make the run's folder, or find it again.
+
+    Returns:
+        The folder; it holds the recipe as it is run.
+
+    Raises:
+        OutputExistsError: If it holds a run of another recipe, or something else.
+    """
+    folder = Path(recipe.output)
+    written = folder / RECIPE_NAME
+    content = _content(recipe)
+    if written.is_file():
+        changed = _differences(read_document(written).content, content)
+        if changed:
+            raise OutputExistsError(
+                f"{folder} holds a run of another recipe: {listing(changed)} changed. Say where this one goes with "
+                f"`--set output=...`, or delete {folder}."
+            )
+        return folder
+    if folder.exists() and any(folder.iterdir()):
+        raise OutputExistsError(f"{folder} exists and holds no run of a recipe. Name another `output`.")
+    if is_first_process():
+        folder.mkdir(parents=True, exist_ok=True)
+        with new_file(written) as temporary:
+            temporary.write_text(
+                yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8"
+            )
+    return folder
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole; the Trainer writes its state last. Broken ones are removed."""
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
+        if checkpoint_state(checkpoint) is not None:
+            return checkpoint
+        shutil.rmtree(checkpoint)
+    return None
+
+
+def checkpoint_state(checkpoint: Path) -> dict[str, Any] | None:
+    """The Trainer's state in a checkpoint; None if it is not whole."""
+    try:
+        state: Any = json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return state if isinstance(state, dict) else None
+
+
+def is_over(state: dict[str, Any]) -> bool:
+    """Whether a run has taken its last step: all of them, or the one at which it was stopped."""
+    history = (
+        state.get("stateful_callbacks", {}).get("mergeready", {}).get("attributes", {}).get("history", [])
+    )
+    stopped = any(record.get("kind") == "decision" and record.get("acted") for record in history)
+    return stopped or state["global_step"] >= state["max_steps"]
+
+
+def _content(recipe: Recipe) -> dict[str, Any]:
+    content = recipe_content(recipe)
+    content.pop("quick", None)
+    return content
+
+
+def _differences(old: Any, new: Any, key: tuple[str | int, ...] = ()) -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = [*old, *(name for name in new if name not in old)]
+        return [part for name in names for part in _differences(old.get(name), new.get(name), (*key, name))]
+    return [] if old == new else [f"`{dotted(key)}`"]
+
+
+def _step(checkpoint: Path) -> int:
+    number = checkpoint.name.rpartition("-")[2]
+    return int(number) if number.isdigit() else -1

@@ -1,0 +1,67 @@
+"""Anything in Python that a recipe names as ``module:function``."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import pkgutil
+import re
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mergeready.errors import OptionError
+
+_TARGET = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+
+
+def is_target(name: str) -> bool:
+    r"""Whether a name says ``module:function``, and not a path or hub id.
+
+    >>> is_target("my_task:load"), is_target("org/name"), is_target("C:\\data")
+    (True, False, False)
+    """
+    return _TARGET.fullmatch(name) is not None
+
+
+def find_target(name: str, key: str) -> Callable[..., Any]:
+    """Import a function. Modules are looked up as Python does, and in the working directory.
+
+    Args:
+        name: ``module:function``.
+        key: The recipe's key, for messages.
+
+    Raises:
+        OptionError: If there is no such module or function.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    module, _, attribute = name.partition(":")
+    try:
+        found = pkgutil.resolve_name(name)
+    except ImportError as error:
+        raise OptionError(
+            f"`{key}` names {name}, but {error}. Modules are looked up where Python is installed and in the working "
+            "directory."
+        ) from error
+    except AttributeError as error:
+        raise OptionError(f"`{key}` names {name}, but {module} has no {attribute}.") from error
+    if not callable(found):
+        raise OptionError(f"`{key}` names {name}, which is no function but a {type(found).__name__}.")
+    result: Callable[..., Any] = found
+    return result
+
+
+def call_target(name: str, key: str, arguments: Mapping[str, Any]) -> Any:
+    """Import a function and call it.
+
+    Raises:
+        OptionError: If there is no such function, or it does not take these arguments.
+    """
+    function = find_target(name, key)
+    try:
+        inspect.signature(function).bind(**arguments)
+    except TypeError as error:
+        given = ", ".join(arguments) or "no arguments"
+        raise OptionError(f"`{key}`: {name} is called with {given}, but {error}.") from error
+    return function(**arguments)

@@ -1,0 +1,226 @@
+"""Recipes that are run: in small, whole and in parts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+
+from mergeready import read_history
+from mergeready.errors import OptionError, OutputExistsError
+from mergeready.recipes import parse_recipe, read_recipe
+from mergeready.recipes.classes import Classes
+from mergeready.recipes.result import RunResult
+from mergeready.recipes.run import prepare, run_recipe
+from mergeready.recipes.team import run_team
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted((ROOT / "recipes").rglob("*.yaml"))
+
+
+def content(folder: Path, **optimisation: Any) -> dict[str, Any]:
+    return {
+        "model": "mergeready.recipes.tiny:text",
+        "data": {
+            "name": "mergeready.demo.samples:texts",
+            "with": {"task": "udhr"},
+            "limit": {"train": 32, "validation": 8, "test": 8},
+        },
+        "task": {"kind": "text-classification", "max_tokens": 16},
+        "optimisation": {
+            "learning_rate": 1e-3,
+            "steps": 6,
+            "batch_size": 4,
+            "save_every": 2,
+            "device": "cpu",
+            "schedule": "constant",
+            **optimisation,
+        },
+        "mergeready": {
+            "probe": {"merge": ["ties"], "max_evaluations": 3, "schedule": {"every": 3, "geometric": False}},
+            "measure": {"every": 2},
+        },
+        "output": str(folder),
+    }
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "expert" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunResult]:
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    return folder, run_recipe(parse_recipe(content(folder)))
+
+
+def test_a_run_leaves_its_expert_history_picks_and_result(whole: tuple[Path, RunResult]) -> None:
+    folder, result = whole
+    assert (result.metric, result.steps, result.stopped) == ("accuracy", 6, None)
+    assert set(result.scores) == {"validation", "test"}
+    assert [probe.step for probe in read_history(folder / "mergeready/history.jsonl").probes] == [3, 6]
+    assert all((folder / place).is_dir() for place in result.picks.values())
+    assert {"expert-best", "merge-best"} <= set(result.picks)
+    assert yaml.safe_load((folder / "recipe.yaml").read_text())["optimisation"]["steps"] == 6
+
+
+def test_a_run_that_is_over_is_not_run_again(whole: tuple[Path, RunResult]) -> None:
+    folder, result = whole
+    before = (folder / "expert/model.safetensors").stat().st_mtime_ns
+    assert run_recipe(parse_recipe(content(folder))) == result
+    assert (folder / "expert/model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_folder_of_another_recipe_is_refused(whole: tuple[Path, RunResult], tmp_path: Path) -> None:
+    with pytest.raises(OutputExistsError, match=r"`optimisation.clip`, `optimisation.seed` changed"):
+        run_recipe(parse_recipe(content(whole[0], seed=3, clip=2.0)))
+    (tmp_path / "thesis.txt").write_text("x")
+    with pytest.raises(OutputExistsError, match="holds no run of a recipe"):
+        run_recipe(parse_recipe(content(tmp_path)))
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_happened(
+    whole: tuple[Path, RunResult], tmp_path: Path
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(content(tmp_path / "parts")))
+    kill = (
+        "import os, signal; from transformers import TrainerCallback as T; from mergeready.recipes import read_recipe\n"
+        "import mergeready.recipes.run as r\n"
+        "class Kill(T):\n"
+        "    def on_step_end(self, args, state, control, **_):\n"
+        "        if state.global_step == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "recipe = read_recipe('run.yaml'); r.claim(recipe); run = r.Run(recipe, r.prepare(recipe))\n"
+        "run.prepared.trainer.add_callback(Kill()); run.train()\n"
+    )
+    died = subprocess.run(
+        [sys.executable, "-c", kill], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False
+    )
+    assert died.returncode == -signal.SIGKILL
+    # A checkpoint whose writing was cut short is passed over.
+    broken = tmp_path / "parts" / "checkpoint-5"
+    broken.mkdir()
+    (broken / "trainer_state.json").write_text('{"global_step": 5, ')
+    result = run_recipe(parse_recipe(content(tmp_path / "parts")))
+    folder, expected = whole
+    assert result == expected
+    for name, value in weights(folder).items():
+        assert torch.equal(value, weights(tmp_path / "parts")[name]), name
+    histories = [path / "mergeready/history.jsonl" for path in (folder, tmp_path / "parts")]
+    assert histories[0].read_bytes() == histories[1].read_bytes()
+
+
+def test_accumulation_changes_nothing(tmp_path: Path) -> None:
+    """One step of 8 examples at once is one step of 4 times 2: loss and gradient are means over all of them."""
+    norms = []
+    for size, parts in ((8, 1), (2, 4)):
+        changes = {"batch_size": size, "accumulate": parts, "steps": 1, "log_every": 1}
+        recipe = parse_recipe(content(tmp_path / f"{parts}", **changes))
+        trainer = prepare(recipe).trainer
+        for module in trainer.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        trainer.train()
+        norms.append(next(entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_in_joint_training_only_classes_of_the_own_task_compete() -> None:
+    classes = Classes(("a", "b", "c", "d", "e"), (0, 0, 1, 1, 1), ("x", "y"))
+    logits = torch.randn(3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = torch.tensor([1, 2, 4])
+    by_hand = [
+        cross_entropy(logits[0, :2].float(), torch.tensor(1)),
+        cross_entropy(logits[1, 2:].float(), torch.tensor(0)),
+        cross_entropy(logits[2, 2:].float(), torch.tensor(2)),
+    ]
+    loss = classes.loss()({"logits": logits}, labels, num_items_in_batch=torch.tensor(6))
+    assert float(loss) == pytest.approx(float(sum(by_hand)) / 6, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "no_such_module_here:f"}, "`model` names no_such_module_here:f, but No module named"),
+        ({"model": "mergeready.recipes.tiny:nothing"}, "has no nothing"),
+        ({"model": "mergeready.demo.samples:texts"}, "`model`: .* is called with no arguments"),
+        ({"data": {"files": {"train": "missing.csv"}}}, "what is not there: missing.csv"),
+        ({"data": {"name": "mergeready.demo.samples:texts", "with": {"task": "x"}}}, "no task 'x'"),
+        (
+            {"task": {"kind": "text-classification", "label": "class"}},
+            "names class, but the train data has",
+        ),
+        ({"evaluation": "bleu"}, "`evaluation` must be one of accuracy, loss"),
+    ],
+)
+def test_what_is_not_there_is_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        prepare(parse_recipe(content(tmp_path / "run") | changes))
+
+
+def test_files_and_a_python_evaluation(tmp_path: Path) -> None:
+    rows = "".join(f"{'good' if i % 2 else 'bad'} thing {i},{'yes' if i % 2 else 'no'}\n" for i in range(20))
+    (tmp_path / "all.csv").write_text("text,label\n" + rows)
+    given = content(tmp_path / "run", steps=1)
+    given["data"] = {"files": {"train": str(tmp_path / "all.csv")}, "holdout": 0.25}
+    given["mergeready"] = {"probe": False}
+    given["evaluation"] = {"name": "tests.recipes.score:constant", "with": {"value": 0.5}}
+    prepared = prepare(parse_recipe(given))
+    assert len(prepared.trainer.train_dataset) == 15
+    assert prepared.evaluations["validation"](prepared.trainer.model) == {"score": 0.5, "examples": 5.0}
+    assert prepared.trainer.model.config.id2label == {0: "no", 1: "yes"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exchange", ["experts", "fingerprints"])
+def test_a_team_trains_in_rounds_and_resumes(tmp_path: Path, exchange: str) -> None:
+    given = content(tmp_path / "team", steps=4)
+    given["team"] = {
+        "members": {
+            "a": {"data": {"with": {"task": "udhr"}}},
+            "b": {"data": {"with": {"task": "emoji_name"}}},
+        },
+        "rounds": 2,
+        "exchange": exchange,
+        "merge": ["average"],
+    }
+    recipe = parse_recipe(given)
+    result = run_team(recipe)
+    assert set(result.merged["average"]) == {"a", "b", "mean"}
+    history = read_history(tmp_path / "team/a/mergeready/history.jsonl")
+    last = history.metrics[-1]
+    assert last.step == 4
+    assert set(last.cosine) == {"b"}, "in the second round, members are measured against each other"
+    assert not history.metrics[0].cosine
+    suffix = "" if exchange == "experts" else ".fingerprint.safetensors"
+    assert (tmp_path / f"team/shown/round-1/a{suffix}").exists()
+    # Without its result the team only merges again.
+    before = (tmp_path / "team/a/expert/model.safetensors").stat().st_mtime_ns
+    (tmp_path / "team/result.json").unlink()
+    assert run_team(recipe) == result
+    assert (tmp_path / "team/a/expert/model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_shipped_recipe_runs_in_its_quick_version(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = read_recipe(path, quick=True)
+    if recipe.task.kind == "causal-lm":
+        pytest.importorskip("trl", reason="the trl extra brings it")
+    result = run_team(recipe) if recipe.team else run_recipe(recipe)
+    assert result.steps == 4
+    assert result.scores
+    assert (tmp_path / recipe.output / "result.json").is_file()
