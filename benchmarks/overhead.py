@@ -418,10 +418,12 @@ def table(results: dict[str, Any]) -> str:
     for name, found in results.items():
         if name.startswith("probe") or name == "peers":
             continue
+        added = "not measured"
+        if "added_bytes" in found:
+            added = f"{found['added_bytes'] / 2**20:.0f} MiB ({found['added_over_model']:.0%})"
         lines.append(
             f"| {' | '.join(name.split())} | {found['share']:.2%} | {found['start_seconds']:.2f} | "
-            f"{found['measurements']} | {found['steps']} | {found['added_bytes'] / 2**20:.0f} MiB "
-            f"({found['added_over_model']:.0%}) |"
+            f"{found['measurements']} | {found['steps']} | {added} |"
         )
     lines += [
         "",
@@ -445,8 +447,8 @@ def table(results: dict[str, Any]) -> str:
             "",
             "## Peers",
             "",
-            f"One measurement of a model of {size / 2**20:.0f} MiB. Peers stay on disk: memory grows by a piece of a"
-            " parameter (1 MiB) a peer, none of it in accelerators beyond that piece.",
+            f"One measurement of a model of {size / 2**20:.0f} MiB. Peers stay on disk: of each, a few pieces of"
+            " a parameter (1 MiB each) are in memory while they are compared, on the device that trains too.",
             "",
             "| peers | CPU seconds | peak memory beyond that with one peer |",
             "|---|---|---|",
