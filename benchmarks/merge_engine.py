@@ -38,8 +38,13 @@ METHODS: dict[str, tuple[str, dict[str, float], str, dict[str, float]]] = {
     "task_arithmetic": ("task_arithmetic", {}, "task_arithmetic", {}),
     "dare_ties": ("dare_ties", {"density": 0.5}, "dare_ties", {"density": 0.5}),
     "ties": ("ties", {"density": 0.2}, "ties", {"density": 0.2}),
-    "breadcrumbs": ("breadcrumbs", {}, "breadcrumbs", {"density": 0.84, "gamma": 0.01}),
-    "della": ("della", {}, "della", {"density": 0.5, "epsilon": 0.1}),
+    "breadcrumbs": (
+        "breadcrumbs",
+        {"density": 0.84, "gamma": 0.01},
+        "breadcrumbs",
+        {"density": 0.84, "gamma": 0.01},
+    ),
+    "della": ("della", {"density": 0.5, "epsilon": 0.1}, "della", {"density": 0.5, "epsilon": 0.1}),
 }
 GOALS = {"linear": 1.5, "task_arithmetic": 1.5, "dare_ties": 6, "ties": 6, "breadcrumbs": 10, "della": 10}
 

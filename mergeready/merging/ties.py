@@ -29,6 +29,7 @@ class Ties(ElementwiseMethod):
     """
 
     name: ClassVar[str] = "ties"
+    passes: ClassVar[int] = 2
     density: float = 0.2
 
     def __post_init__(self) -> None:

@@ -1,14 +1,22 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
 from mergeready.errors import OptionError
-from mergeready.merging import merge_folders, merge_plan
+from mergeready.experts.delta import Dense
+from mergeready.experts.identity import BaseIdentity
+from mergeready.experts.task_vector import DeltaTaskVector
+from mergeready.merging import make_method, merge_folders, merge_plan
+from mergeready.merging.parameter import merged_delta
 from mergeready.weights.source import TensorInfo, WeightSource
 from tests.merging.worlds import World, make_world, state
 
@@ -126,3 +134,77 @@ def test_a_plan_is_checked_like_a_merge(world: World) -> None:
         merge_plan(world.base_folder, world.folders, "tis")
     with pytest.raises(OptionError, match="`threads` must be at least 1"):
         merge_plan(world.base_folder, world.folders, threads=0)
+
+
+class Counted(DeltaTaskVector):
+    """Counts the elements that are read of it."""
+
+    read: int = 0
+
+    def flat(self, name: str, start: int, stop: int, base: Tensor | None = None) -> Tensor:
+        self.read += stop - start
+        return super().flat(name, start, stop, base)
+
+
+@pytest.mark.parametrize(
+    "method", ["task_arithmetic", "ties", "breadcrumbs", "dare_ties", "della", "sce", "pcb"]
+)
+@pytest.mark.parametrize("held", [True, False])
+def test_no_method_reads_more_often_than_plans_say(
+    method: str, held: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not held:  # as if the parameter were too large for values to be kept
+        for name in ("sce", "pcb"):
+            monkeypatch.setattr(f"mergeready.merging.{name}.can_be_held", lambda *_: False)
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(700, 1000, generator=generator) for _ in range(3)]
+    info = TensorInfo((700, 1000), torch.float32)
+    vectors = [
+        Counted({"w": Dense(value)}, {"w": info}, BaseIdentity({}), str(i)) for i, value in enumerate(values)
+    ]
+    made = make_method(method)
+    assert merged_delta(made, "w", info, vectors, [1.0] * 3) is not None
+    passes = [vector.read / info.numel for vector in vectors]
+    assert max(passes) <= made.passes + 0.9, passes  # samples, and a piece that is looked at once more
+    if method in ("task_arithmetic", "ties", "breadcrumbs", "dare_ties", "della"):
+        assert made.passes <= min(passes)
+
+
+SCRIPT = """
+import re, sys, threading
+from pathlib import Path
+from mergeready.merging import merge_folders, merge_plan
+base, experts, out, method = sys.argv[1], sys.argv[2:5], sys.argv[5], sys.argv[6]
+def anonymous():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+merge_folders(base, experts, out + "-first", "average", threads=1)  # so that libraries have what they keep
+plan = merge_plan(base, experts, method, threads=1)
+before, peak, done = anonymous(), 0, threading.Event()
+def watch():
+    global peak
+    while not done.wait(0.002):
+        peak = max(peak, anonymous())
+thread = threading.Thread(target=watch)
+thread.start()
+merge_folders(base, experts, out, method, threads=1)
+done.set(); thread.join()
+print(peak - before, plan.peak_bytes)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "breadcrumbs", "della"])
+def test_a_merge_stays_below_the_memory_that_plans_say(method: str, tmp_path: Path) -> None:
+    shape = (6000, 1000)
+    generator = torch.Generator().manual_seed(0)
+    for name in ("base", "a", "b", "c"):
+        (tmp_path / name).mkdir()
+        tensor = 1 + 0.01 * torch.randn(shape, generator=generator)
+        save_file({"layer.weight": tensor}, tmp_path / name / "model.safetensors")
+    folders = [str(tmp_path / name) for name in ("base", "a", "b", "c", "out")]
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *folders, method], capture_output=True, text=True, check=True
+    )
+    used, planned = map(int, done.stdout.split())
+    assert 0 < used <= planned
