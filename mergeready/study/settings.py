@@ -16,6 +16,7 @@ from mergeready.errors import FormatError, OptionError
 from mergeready.merging import MergeMethod, make_method
 from mergeready.merging.scale_search import check_scales
 from mergeready.merging.tune import FIRST_SCALES, MAX_EVALUATIONS
+from mergeready.training.techniques.technique_set import TechniqueSet
 
 _Positive = Annotated[int, Field(ge=1)]
 _PositiveFloat = Annotated[float, Field(gt=0)]
@@ -113,6 +114,22 @@ class Arm(_Settings):
     adapter: AdapterSettings | None = None
     techniques: list[str | dict[str, dict[str, Any] | None]] = []
     checkpoints: str | None = None
+
+    @property
+    def technique_list(self) -> list[str | dict[str, dict[str, Any]]]:
+        """The techniques as a ``TechniqueSet`` takes them."""
+        return [
+            given if isinstance(given, str) else {name: settings or {} for name, settings in given.items()}
+            for given in self.techniques
+        ]
+
+    @model_validator(mode="after")
+    def _checked(self) -> Arm:
+        try:
+            TechniqueSet(self.technique_list)
+        except OptionError as error:
+            raise ValueError(str(error)) from error
+        return self
 
 
 class MergeChoice(_Settings):

@@ -3,47 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
+from contextlib import AbstractContextManager
 from types import TracebackType
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mergeready.errors import UnsupportedError
-from mergeready.merging.evaluation import Evaluate
+from mergeready.experts.live import LiveExpert
 from mergeready.study.settings import Arm
+from mergeready.training.history import History
+from mergeready.training.techniques.run import TechniqueRun
+from mergeready.training.techniques.technique_set import TechniqueSet
 
 
 class Steering:
     """Drives an arm's techniques through a training loop; without any, it does nothing.
+
+    Studies do not probe while they train, so a technique that decides by probes has nothing to decide by.
 
     Args:
         arm: The arm.
         model: The model that trains.
         base: The weights it started from.
         optimizer: Its optimizer.
-        validation: The evaluation that techniques decide with.
-        folder: For what the run writes; thrown away afterwards.
         total: Steps of the whole run.
+
+    Raises:
+        MergeReadyError: If techniques cannot be used together, or not in such a run.
 
     Attributes:
         reason: Why a technique wants to stop, if so.
     """
 
     def __init__(
-        self,
-        arm: Arm,
-        model: nn.Module,
-        base: Mapping[str, Tensor],
-        optimizer: Optimizer,
-        validation: Evaluate,
-        folder: Path,
-        total: int,
+        self, arm: Arm, model: nn.Module, base: Mapping[str, Tensor], optimizer: Optimizer, total: int
     ) -> None:
-        if arm.techniques:
-            raise UnsupportedError("this version of mergeready has no techniques; leave `techniques` out.")
         self.reason: str | None = None
+        self._techniques = TechniqueSet(arm.technique_list)
+        self._techniques.prepare(model, step=0)
+        self._techniques.start(
+            lambda: TechniqueRun(LiveExpert(model, base), optimizer=optimizer, total_steps=total)
+        )
 
     def __enter__(self) -> Steering:
         return self
@@ -52,14 +52,22 @@ class Steering:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Let go of the optimizer."""
+        self._techniques.finish_hooks()
 
     def passes(self) -> Iterator[None]:
         """Around forward and backward of a step."""
-        yield
+        yield from self._techniques.passes()
 
     def stepped(self, step: int) -> None:
         """After an optimizer step."""
+        self._techniques.took_step(step)
+        decision = self._techniques.decide(History())
+        self.reason = decision.reason if decision.stop else None
+
+    def finish(self) -> None:
+        """After the last step, for techniques that act on the weights then."""
+        self._techniques.finish()
 
     def shown(self) -> AbstractContextManager[None]:
         """Around saving: the weights that the techniques want to be kept."""
-        return nullcontext()
+        return self._techniques.shown()

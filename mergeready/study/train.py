@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -63,10 +62,7 @@ def train_run(
     rate = Rate(arm.schedule, optimizer, total, greater_is_better=watch.greater_is_better)
     batches = _batches(len(data.train), arm.batch_size, _seed(seed, task))
     losses, seconds, saved = [], 0.0, []
-    with (
-        tempfile.TemporaryDirectory(prefix="mergeready-study-") as scratch,
-        Steering(arm, model, base, optimizer, data.validation, Path(scratch), total) as steering,
-    ):
+    with Steering(arm, model, base, optimizer, total) as steering:
         for step in range(1, max(steps) + 1):
             began = time.process_time()
             model.train()
@@ -84,6 +80,8 @@ def train_run(
             steering.stepped(step)
             seconds += time.process_time() - began
             stopped = watch.reason(model, step, rate) or steering.reason
+            if stopped or step == total:
+                steering.finish()
             if step in steps or stopped:
                 with steering.shown():
                     save_checkpoint(model, folder, step)
