@@ -59,6 +59,10 @@ def names_base_and_licence(subject: Subject, limits: Limits) -> Result:
     missing = [name for name in _FIELDS if not fields.get(name)]
     if missing:
         return failed(f"{listing(missing)} missing in README.md", where=tuple(missing))
+    # Also since a few aliases can stand for billions of values as soon as these are written out.
+    odd = [name for name in _FIELDS if not _is_text(fields[name])]
+    if odd:
+        return failed(f"{listing(odd)} in README.md must be a name or names", where=tuple(odd))
     return passed(f"base_model {fields['base_model']}, license {fields['license']}")
 
 
@@ -90,6 +94,10 @@ def card_fields(text: str) -> Mapping[str, Any] | None:
     except FormatError:
         return None
     return content if isinstance(content, dict) else None
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value))
 
 
 def _texts(subject: Subject) -> Iterator[tuple[str, str]]:

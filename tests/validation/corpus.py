@@ -257,6 +257,13 @@ def nested(depth: int) -> bytes:
     return b'{"a":' * depth + b"1" + b"}" * depth
 
 
+BOMB = "".join(
+    ["---\nlicense: mit\na0: &a0 [x, x, x, x, x, x, x, x, x]\n"]
+    + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10)]
+    + ["base_model: *a9\n---\n"]
+).encode()
+"""A card of a kilobyte that stands for ten billion values."""
+
 BROKEN: dict[str, Broken] = {
     # values
     "NaN": Broken("full", values(FULL, "layer.1", first(float("nan"))), "F003"),
@@ -378,6 +385,7 @@ BROKEN: dict[str, Broken] = {
     "card with broken YAML": Broken("full", written("README.md", b"---\nlicense: [mit\nbase_model: {\n---\n"), "P501"),
     "card with YAML that makes objects": Broken("full", written("README.md", b"---\nlicense: !!python/object/apply:os.system ['exit 1']\n---\n"), "P501"),
     "card with deeply nested YAML": Broken("full", written("README.md", b"---\na: " + b"[" * 5000 + b"\n---\n"), "P501"),
+    "card whose aliases multiply": Broken("full", written("README.md", BOMB), "P501"),
     "card is not UTF-8": Broken("full", written("README.md", CARD.replace("Law", "Rechtspr\u00fcfung").encode("latin-1")), "P501"),
     "card of a million dots": Broken("full", written("README.md", b"a." * 499_000), "P501"),
     "card of empty lines": Broken("full", written("README.md", b"---" + b"\n" * 500_000), "P501"),

@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,9 +65,21 @@ def test_it_is_caught(name: str, world: Path, tmp_path: Path) -> None:
     assert spent < LONGEST
 
 
+def test_another_base_by_name(world: Path) -> None:
+    """Two hub ids are needed, and a folder has none: the base is told what it was opened by."""
+    base = Base.open(world / "healthy" / "base")
+    found = {}
+    for name in ("org/base", "org/another"):
+        verdicts = validate(world / "healthy" / "adapter", replace(base, name=name), level="base").verdicts
+        found[name] = next(v for v in verdicts if v.id == "B101")
+    assert found["org/base"].status == "passed"
+    assert found["org/another"].status == "failed"
+    assert found["org/another"].where == ("org/base",)
+
+
 def test_every_check_of_files_and_base_has_its_broken_expert() -> None:
     caught = {broken.check for broken in BROKEN.values()}
-    others = {"B101", "P503", "D202", "D203"}  # two hub ids are needed; information only
+    others = {"B101", "P503", "D202", "D203"}  # tested above, as it needs a name; information only
     assert {c.id for c in CHECKS if c.level in ("file", "base")} - others == caught
     assert len(BROKEN) >= 60
 
