@@ -14,6 +14,7 @@ GROUPS = {
     "mergeready.merging": "Merge",
     "mergeready.metrics": "Measure",
     "mergeready.experts": "Experts",
+    "mergeready.validation": "Validate and share",
     "mergeready.errors": "Errors",
 }
 SHELLS = ("mergeready.transformers", "mergeready.lightning", "mergeready.fabric", "mergeready.accelerate")
@@ -28,7 +29,7 @@ for name in mergeready.__all__:
     thing = getattr(mergeready, name)
     place = inspect.getmodule(thing)
     home = place.__name__ if place and place.__name__.startswith("mergeready") else mergeready._PLACE_OF[name]
-    found[group_of(home)].append((name, f"{home}.{name}"))
+    found[group_of(mergeready._PLACE_OF[name])].append((name, f"{home}.{name}"))
 
 with mkdocs_gen_files.open("reference.md", "w") as page:
     page.write("# Reference\n\nEvery name below is imported from `mergeready` itself.\n")

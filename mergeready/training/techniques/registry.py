@@ -27,6 +27,17 @@ def technique_names() -> list[str]:
     return sorted(_TECHNIQUES)
 
 
+def technique_class(name: str) -> type[Technique]:
+    """The class behind a name.
+
+    Raises:
+        OptionError: If there is none; the message lists all names.
+    """
+    if name not in _TECHNIQUES:
+        raise OptionError(f"there is no technique {name!r}; known are {', '.join(technique_names())}.")
+    return _TECHNIQUES[name]
+
+
 def make_technique(given: TechniqueLike) -> Technique:
     """A technique from its name, or name and settings; an instance is passed through.
 
@@ -43,9 +54,7 @@ def make_technique(given: TechniqueLike) -> Technique:
     if not isinstance(given, Mapping) or len(given) != 1:
         raise OptionError(f"a technique is an object, a name or {{name: settings}}, not {given!r}.")
     [(name, settings)] = given.items()
-    if name not in _TECHNIQUES:
-        raise OptionError(f"there is no technique {name!r}; known are {', '.join(technique_names())}.")
-    chosen: Any = _TECHNIQUES[name]
+    chosen: Any = technique_class(name)
     known = {field.name: field for field in dataclasses.fields(chosen)}
     unknown = [key for key in settings or {} if key not in known]
     if unknown:
