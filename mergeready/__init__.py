@@ -60,9 +60,14 @@ if TYPE_CHECKING:
     from mergeready.training.techniques.kronecker_penalty import KroneckerPenalty
     from mergeready.training.techniques.lora_overlap import LoraOverlap
     from mergeready.training.techniques.lora_start import OrthogonalStart, SharedLoraA
+    from mergeready.training.techniques.norm_governor import NormGovernor
     from mergeready.training.techniques.peer_projection import PeerProjection
+    from mergeready.training.techniques.plateau_schedule import PlateauSchedule
+    from mergeready.training.techniques.sharpness_aware import SharpnessAware
+    from mergeready.training.techniques.simulated_merge import SimulatedMerge
     from mergeready.training.techniques.sparse_mask import SparseMask
     from mergeready.training.techniques.train_only import TrainOnly
+    from mergeready.training.techniques.weight_average import WeightAverage
     from mergeready.training.train_only import train_only
     from mergeready.validation.share import share_run
 
@@ -138,6 +143,11 @@ _PLACES = {
     "mergeready.training.techniques.train_only": ["TrainOnly"],
     "mergeready.training.train_only": ["train_only"],
     "mergeready.validation.share": ["share_run"],
+    "mergeready.training.techniques.norm_governor": ["NormGovernor"],
+    "mergeready.training.techniques.plateau_schedule": ["PlateauSchedule"],
+    "mergeready.training.techniques.sharpness_aware": ["SharpnessAware"],
+    "mergeready.training.techniques.simulated_merge": ["SimulatedMerge"],
+    "mergeready.training.techniques.weight_average": ["WeightAverage"],
 }
 _PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
 
@@ -174,21 +184,26 @@ __all__ = [
     "MergedPlateau",
     "Monitor",
     "NormBudget",
+    "NormGovernor",
     "OrthogonalStart",
     "Peer",
     "PeerProjection",
     "Picks",
+    "PlateauSchedule",
     "Prediction",
     "Probe",
     "Recalibration",
     "Schedule",
     "SharedLoraA",
+    "SharpnessAware",
+    "SimulatedMerge",
     "SparseMask",
     "SubspaceComparison",
     "Surrogates",
     "TaskVector",
     "TrainOnly",
     "TunedScale",
+    "WeightAverage",
     "accuracy_by_subset",
     "adamerging",
     "auc_of_noise",

@@ -125,3 +125,19 @@ def test_killed_and_resumed_equals_uninterrupted(world: Path, tmp_path: Path, na
     ours, whole = tmp_path / "mergeready", world / "whole/mergeready"
     assert (ours / "history.jsonl").read_bytes() == (whole / "history.jsonl").read_bytes()
     assert files(ours / "picks") == files(whole / "picks")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_techniques_go_on_where_they_were(world: Path, tmp_path: Path, name: str) -> None:
+    """An average has tensors of its own; simulated merges have to draw the same again."""
+    changes: dict[str, Any] = {
+        "probe": None,
+        "techniques": [{"weight_average": {"decay": 0.5}}, {"simulated_merge": {"every": 3}}],
+    }
+    whole = RUNS[name](world, tmp_path / "whole", Saving(every=4), **changes).state_dict()
+    with pytest.raises(Crash):
+        RUNS[name](world, tmp_path / "parts", Saving(every=4, crash=11), **changes)
+    parts = RUNS[name](world, tmp_path / "parts", Saving(every=4, resume=True), **changes).state_dict()
+    assert all(torch.equal(value, parts[key]) for key, value in whole.items())
+    lines = [(tmp_path / n / HISTORY).read_bytes() for n in ("whole", "parts")]
+    assert lines[0] == lines[1]

@@ -19,6 +19,9 @@ from mergeready.training.picks import Picks
 from mergeready.training.policies import AnyOf, ExpertPlateau, MergedPlateau, NormBudget, Policy
 from mergeready.training.probe import Probe
 from mergeready.training.schedule import Schedule
+from mergeready.training.techniques.plateau_schedule import PlateauSchedule
+from mergeready.training.techniques.registry import make_technique
+from mergeready.training.techniques.technique_set import TechniqueSet
 
 _STRICT = ConfigDict(extra="forbid", frozen=True)
 
@@ -31,10 +34,12 @@ class StopSettings(BaseModel):
     merged_plateau: MergedPlateau | None = None
     expert_plateau: ExpertPlateau | None = None
     norm_budget: NormBudget | None = None
+    plateau_schedule: PlateauSchedule | None = None
 
     def policy(self) -> Policy | None:
         """The policies as one; None where none is given."""
-        given = [p for p in (self.merged_plateau, self.expert_plateau, self.norm_budget) if p is not None]
+        named = (self.merged_plateau, self.expert_plateau, self.norm_budget, self.plateau_schedule)
+        given = [policy for policy in named if policy is not None]
         return AnyOf(*given) if given else None
 
 
@@ -91,6 +96,7 @@ class RunSettings(BaseModel):
         on_stop: ``stop``, or ``record`` to only note when the run would have stopped.
         measure: When to measure the task vector.
         picks: Which checkpoints to keep; False for none.
+        techniques: Names of techniques, or a name with its settings: ``{simulated_merge: {every: 4}}``.
         difficulty: Whether, or how, to track which examples are hard.
         share: Whether fingerprint, report and card are written beside them at the end.
 
@@ -113,8 +119,17 @@ class RunSettings(BaseModel):
     on_stop: Literal["stop", "record"] = "stop"
     measure: Schedule = DEFAULT_MEASURE
     picks: Picks | Literal[False] = Picks()
+    techniques: list[str | dict[str, dict[str, Any]]] = []
     difficulty: bool | Difficulty = False
     share: bool = True
+
+    @field_validator("techniques")
+    @classmethod
+    def _usable(
+        cls, techniques: list[str | dict[str, dict[str, Any]]]
+    ) -> list[str | dict[str, dict[str, Any]]]:
+        TechniqueSet(techniques)
+        return techniques
 
     @classmethod
     def parse(cls, content: Mapping[str, Any]) -> RunSettings:
@@ -142,6 +157,7 @@ class RunSettings(BaseModel):
             "on_stop": self.on_stop,
             "measure": self.measure,
             "picks": self.picks or None,
+            "techniques": [make_technique(given) for given in self.techniques],
             "difficulty": self.difficulty or None,
         }
         if not self.share:

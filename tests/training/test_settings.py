@@ -28,6 +28,7 @@ def test_nothing_given_is_what_a_callback_does_by_default() -> None:
         "measure": DEFAULT_MEASURE,
         "picks": Picks(),
         "difficulty": None,
+        "techniques": [],
     }
     Monitor(**found)
 
@@ -122,3 +123,15 @@ def test_survives_being_dumped_and_read_again() -> None:
 
 def evaluate(model: Any) -> dict[str, float]:
     return {"accuracy": 0.5}
+
+
+def test_techniques_by_name_and_with_settings() -> None:
+    given = ["weight_average", {"simulated_merge": {"every": 2}}]
+    made = RunSettings.parse({"techniques": given}).options()["techniques"]
+    assert [technique.name for technique in made] == ["weight_average", "simulated_merge"]
+    assert made[1].every == 2
+    for wrong in (["sam"], [{"simulated_merge": {"p": 1}}], ["weight_average", "weight_average"]):
+        with pytest.raises(OptionError, match=r"technique|simulated_merge|given twice"):
+            RunSettings.parse({"techniques": wrong})
+    stop = RunSettings.parse({"stop": {"plateau_schedule": {"patience": 3}}}).options()["stop"]
+    assert stop is not None

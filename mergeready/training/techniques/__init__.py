@@ -6,9 +6,14 @@ from mergeready.training.techniques import (
     kronecker_penalty,
     lora_overlap,
     lora_start,
+    norm_governor,
     peer_projection,
+    plateau_schedule,
+    sharpness_aware,
+    simulated_merge,
     sparse_mask,
     train_only,
+    weight_average,
 )
 
 __all__ = [
@@ -17,7 +22,12 @@ __all__ = [
     "kronecker_penalty",
     "lora_overlap",
     "lora_start",
+    "norm_governor",
     "peer_projection",
+    "plateau_schedule",
+    "sharpness_aware",
+    "simulated_merge",
     "sparse_mask",
     "train_only",
+    "weight_average",
 ]

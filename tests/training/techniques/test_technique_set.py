@@ -1,0 +1,251 @@
+"""What holds for every technique: off is off, accumulation, resuming, restoring, and what cannot go together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from mergeready import (
+    DriftPenalty,
+    MergeReadyLoop,
+    NormGovernor,
+    PlateauSchedule,
+    Probe,
+    Schedule,
+    SharpnessAware,
+    SimulatedMerge,
+    WeightAverage,
+)
+from mergeready.errors import OptionError, UnsupportedError
+from mergeready.training.techniques.registry import make_technique, technique_names
+from mergeready.training.techniques.technique_set import TechniqueSet
+from tests.sharded import adapter
+from tests.training.small import Evaluation, Net, equal, examples, expert, state_of
+from tests.training.techniques.runs import net, run, saved
+
+ACTIVE: dict[str, Any] = {
+    "drift_penalty": DriftPenalty(strength=0.5),
+    "simulated_merge": SimulatedMerge(every=2, noise=0.05),
+    "sharpness_aware": SharpnessAware(radius=0.1),
+    "adaptive": SharpnessAware(radius=0.5, adaptive=True, every=2),
+    "ema": WeightAverage(decay=0.5),
+    "last": WeightAverage(kind="last", count=2, every=2, mix=0.5),
+    "norm_governor": NormGovernor(max_norm=0.3),
+}
+OFF = [
+    DriftPenalty(strength=0),
+    SimulatedMerge(every=0),
+    SharpnessAware(radius=0),
+    WeightAverage(kind="none"),
+]
+
+
+def test_switched_off_is_bit_identical(tmp_path: Path) -> None:
+    assert equal(run(tmp_path / "a", OFF), run(tmp_path / "b", []))
+    assert not TechniqueSet(OFF)
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+def test_it_changes_the_run(tmp_path: Path, name: str) -> None:
+    assert not equal(run(tmp_path / "a", [ACTIVE[name]]), run(tmp_path / "b", []))
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+def test_micro_batches_of_a_step_agree_with_its_whole_batch(tmp_path: Path, name: str) -> None:
+    one, four = (run(tmp_path / f"{m}", [ACTIVE[name]], micro=m) for m in (1, 4))
+    assert all(torch.allclose(one[key], four[key], atol=2e-6) for key in one)
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+def test_resumed_equals_uninterrupted(tmp_path: Path, name: str) -> None:
+    states: dict[int, Any] = {}
+    whole = run(
+        tmp_path / "a",
+        [ACTIVE[name]],
+        after=lambda step, *parts: states.update({step: saved(*parts)}),
+        base=Net().state_dict(),
+    )
+    resumed = run(tmp_path / "b", [ACTIVE[name]], state=states[3], base=Net().state_dict())
+    assert equal(resumed, whole)
+
+
+@pytest.mark.parametrize("name", ["simulated_merge", "sharpness_aware"])
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_weights_are_restored_when_a_pass_raises(tmp_path: Path, name: str, where: str) -> None:
+    model = expert(1)
+    technique = {"simulated_merge": SimulatedMerge(every=1, noise=0.1), "sharpness_aware": SharpnessAware()}
+    monitor = MergeReadyLoop(tmp_path, base=Net().state_dict(), techniques=[technique[name]])
+    monitor.prepare(model)
+    before, during = state_of(model), []
+    x, y = examples(1, 0, 8)
+
+    def step() -> None:
+        for _ in monitor.passes():
+            during.append(equal(state_of(model), before))
+            loss = cross_entropy(model(x), y)
+            if during[-1] is False and where == "forward":
+                raise RuntimeError("out of memory")
+            loss.backward()
+            if during[-1] is False:
+                raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        step()
+    assert during[-1] is False
+    assert equal(state_of(model), before)
+
+
+@pytest.mark.parametrize("name", ["drift_penalty", "simulated_merge", "sharpness_aware", "norm_governor"])
+def test_a_lora_adapter_trains_with_it(tmp_path: Path, name: str) -> None:
+    """Its frozen weights stay the base's, and the adapter moves otherwise than without."""
+    ends = []
+    for techniques in ([ACTIVE[name]], []):
+        model = adapter(Net())
+        frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+        run(tmp_path / str(len(techniques)), techniques, model=model)
+        now = dict(model.named_parameters())
+        assert all(torch.equal(now[n], value) for n, value in frozen.items())
+        ends.append({n: p.detach() for n, p in now.items() if "lora_" in n})
+    assert not any(torch.equal(ends[0][n], ends[1][n]) for n in ends[0] if "lora_B" in n)
+
+
+def test_conflicts_are_refused_with_their_reasons() -> None:
+    with pytest.raises(OptionError) as caught:
+        TechniqueSet([SimulatedMerge(), SharpnessAware(), DriftPenalty(), DriftPenalty()])
+    message = str(caught.value)
+    assert "simulated_merge and sharpness_aware both change the weights during forward" in message
+    assert "drift_penalty is given twice" in message
+    TechniqueSet([SimulatedMerge(), DriftPenalty(), WeightAverage(), PlateauSchedule(), NormGovernor()])
+
+
+def test_names_and_settings() -> None:
+    made = make_technique({"simulated_merge": {"every": 2}})
+    assert made == SimulatedMerge(every=2)
+    assert make_technique("weight_average") == WeightAverage()
+    assert {"drift_penalty", "plateau_schedule", "sharpness_aware"} <= set(technique_names())
+    with pytest.raises(OptionError, match="no technique 'sam'"):
+        make_technique("sam")
+    with pytest.raises(OptionError, match="no setting rho; it has radius"):
+        make_technique({"sharpness_aware": {"rho": 1}})
+    with pytest.raises(OptionError, match="must be a list"):
+        TechniqueSet("sharpness_aware")
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (SimulatedMerge, {"scale": (1.0, 0.5)}),
+        (SimulatedMerge, {"drop": 1.0}),
+        (SimulatedMerge, {"noise": float("nan")}),
+        (SimulatedMerge, {"every": -1}),
+        (SharpnessAware, {"radius": -1.0}),
+        (SharpnessAware, {"every": 0}),
+        (WeightAverage, {"decay": 1.0}),
+        (WeightAverage, {"kind": "median"}),
+        (WeightAverage, {"mix": 0.0}),
+        (NormGovernor, {"max_norm": 0.0}),
+        (NormGovernor, {"grow": True, "max_norm": 1.0}),
+        (PlateauSchedule, {"factor": 1.0}),
+        (PlateauSchedule, {"patience": 0}),
+        (PlateauSchedule, {"on": "base"}),
+    ],
+)
+def test_settings_out_of_range(kind: Any, settings: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match="`"):
+        kind(**settings)
+
+
+def test_what_a_run_lacks(tmp_path: Path) -> None:
+    def prepare(technique: Any) -> None:
+        model = net()
+        optimizer = None if isinstance(technique, WeightAverage) else torch.optim.SGD(model.parameters())
+        MergeReadyLoop(tmp_path, techniques=[technique]).prepare(model, optimizer=optimizer)
+
+    with pytest.raises(OptionError, match="needs one optimizer"):
+        prepare(WeightAverage())
+    with pytest.raises(OptionError, match="give the run a `probe`"):
+        prepare(PlateauSchedule())
+    with pytest.raises(OptionError, match="`max_norm`, or peers"):
+        prepare(NormGovernor())
+
+
+def test_a_step_in_parts_cannot_be_climbed(tmp_path: Path) -> None:
+    monitor = MergeReadyLoop(tmp_path, techniques=[SharpnessAware()])
+    monitor.prepare(net())
+    with pytest.raises(UnsupportedError, match="all micro-batches of a step inside one"):
+        next(monitor.passes(last=False))
+
+
+def test_the_history_says_what_was_used(tmp_path: Path) -> None:
+    monitor = MergeReadyLoop(tmp_path, techniques=[SimulatedMerge()])
+    monitor.prepare(net())
+    assert monitor.history.start is not None
+    [used] = monitor.history.start.techniques
+    assert used["technique"] == "simulated_merge"
+    assert used["scale"] == [0.2, 1.0]
+
+
+class Rates:
+    """Learning rates that updates were made with, as the optimizer saw them."""
+
+    def __init__(self, folder: Path, technique: Any, values: list[float]) -> None:
+        self.seen: list[float] = []
+        scores = iter([0.0, *values])  # the base first
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        optimizer.register_step_pre_hook(lambda *_: None)
+        own = optimizer.param_groups[0]
+        probe = Probe(
+            evaluate=lambda model: {"score": next(scores)},
+            scales=(1.0,),
+            max_evaluations=1,
+            schedule=Schedule(every=1),
+        )
+        peers = [state_of(expert(2))]
+        monitor = MergeReadyLoop(folder, techniques=[technique], peers=peers, probe=probe)
+        monitor.prepare(model, optimizer=optimizer)
+        handle = optimizer.register_step_pre_hook(lambda *_: self.seen.append(own["lr"]))
+        while not monitor.should_stop and monitor.steps < 20:
+            optimizer.step()
+            assert own["lr"] == 0.05
+            monitor.step()
+        handle.remove()
+        self.monitor = monitor
+
+
+def test_the_learning_rate_falls_on_a_plateau_and_then_the_run_stops(tmp_path: Path) -> None:
+    expert_scores = [1.0, 2.0, 2.0, 1.0, 3.0, 3.0, 3.0]  # plateaus after steps 4 and 7
+    values = [x for score in expert_scores for x in (score, 0.5)]  # each probe: the expert, then its merge
+    rates = Rates(tmp_path, PlateauSchedule(patience=2, factor=0.1), values)
+    assert rates.seen == pytest.approx([0.05] * 4 + [0.005] * 3)
+    assert rates.monitor.steps == 7
+    assert PlateauSchedule(patience=2)(rates.monitor.history).stop
+    assert "plateau 2" in rates.monitor.history.decisions[-1].reason
+
+
+def test_probes_and_picks_see_the_average(tmp_path: Path) -> None:
+    scores = []
+    averages: list[Tensor] = []
+    evaluation = Evaluation(1, "loss")
+
+    def evaluate(model: Any) -> Any:
+        scores.append(model.head.weight.detach().clone())
+        return evaluation(model)
+
+    probe = Probe(evaluate=evaluate, metric="loss", schedule=Schedule(every=6, geometric=False))
+
+    def after(step: int, model: Any, monitor: MergeReadyLoop, optimizer: Any) -> None:
+        held = (
+            averages[-1] * 0.5 + model.head.weight.detach() * 0.5 if averages else model.head.weight.detach()
+        )
+        averages.append(held.clone())
+
+    end = run(tmp_path, [WeightAverage(decay=0.5)], probe=probe, peers=[state_of(expert(2))], after=after)
+    assert any(torch.allclose(seen, averages[-1], atol=1e-6) for seen in scores)
+    assert not any(torch.equal(seen, run.before_the_end["head.weight"]) for seen in scores)  # type: ignore[attr-defined]
+    assert torch.allclose(end["head.weight"], averages[-1], atol=1e-6)
