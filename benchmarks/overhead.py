@@ -409,7 +409,9 @@ def table(results: dict[str, Any]) -> str:
         "",
         "CPU seconds in the shell's events at steps over those of the training; what starting took once, apart; peak"
         " resident memory of a process beyond that of a run without the callback that imported the same, and over the"
-        " size of the model.",
+        " size of the model. Of the recorded cells, those of one process but `transformers full fp32` were paced by the"
+        " clock of a busy machine. That one, paced so, measured twice and took 1.12 %; it was run again after the pace"
+        " was changed to CPU seconds, as were all cells of two processes, and took 0.61 %. One run a cell.",
         "",
         "| framework | trained | precision | processes | share at steps | start (s) | measurements | steps"
         " | added memory |",
