@@ -31,8 +31,8 @@ EXPERT_NAME = "expert"
 def run_recipe(recipe: Recipe) -> RunResult:
     """Train as a recipe says; go on where an earlier run of it was interrupted.
 
-    The recipe's folder then holds ``expert/`` (the last weights), ``mergeready/`` (history and picks), ``result.json``,
-    ``curve.png`` and the recipe itself.
+    The recipe's folder then holds ``expert/`` (the last weights), ``mergeready/`` (history and picks), ``result.json``
+    and the recipe itself.
 
     Raises:
         MergeReadyError: If model, data, peers or evaluation are not as the recipe says, or the folder holds
