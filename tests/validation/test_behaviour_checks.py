@@ -102,7 +102,9 @@ def test_losses_count_the_other_way_round(world: Path) -> None:
     assert found.status == "passed"
     assert found.value is not None
     assert found.value < 0
-    assert verdict(report, "C402").status == "passed"
+    kept = verdict(report, "C402").value  # of made-up peers; how much they leave depends on their draw
+    assert kept is not None
+    assert kept > 0.05
 
 
 def test_an_opponent_is_seen(world: Path, tmp_path: Path) -> None:
