@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +37,12 @@ def launch(name: str, world: Path, folder: Path, kill_at: int = 0, resume: Path 
 
 
 def files(folder: Path) -> dict[Path, bytes]:
-    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    """All but what is shared beside picks, which names the run's folder."""
+    return {
+        path.relative_to(folder): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "README.md" and not re.search("report|fingerprint", path.name)
+    }
 
 
 @pytest.fixture(scope="module")
