@@ -44,16 +44,21 @@ def spectrum(matrix: Tensor) -> Spectrum:
     return spectrum_of(thin_svd(matrix.double())[1])
 
 
-def spectrum_of(values: Tensor) -> Spectrum:
-    """The same from singular values, largest first."""
+def spectrum_of(values: Tensor, norm: float | None = None) -> Spectrum:
+    """The same from singular values, largest first.
+
+    Args:
+        values: All that are not zero, or the leading ones.
+        norm: ‖M‖_F where ``values`` are the leading ones only; the effective rank is then not known, NaN.
+    """
     energy = values.double().square()
-    total = float(energy.sum())
+    total = float(energy.sum()) if norm is None else norm**2
     if not total:
         return Spectrum(0.0, math.nan, math.nan, dict.fromkeys(TOP, math.nan))
     shares = values.double() / values.double().sum()
     return Spectrum(
         norm=math.sqrt(total),
         stable_rank=total / float(energy[0]),
-        effective_rank=float(torch.special.entr(shares).sum().exp()),
+        effective_rank=float(torch.special.entr(shares).sum().exp()) if norm is None else math.nan,
         top_energy={count: float(energy[:count].sum()) / total for count in TOP},
     )

@@ -9,6 +9,7 @@ from mergeready.validation import (  # noqa: F401 - each registers its checks
     file_checks,
     folder_checks,
     licence_checks,
+    spectrum_checks,
     vocabulary_checks,
 )
 from mergeready.validation.check import CHECKS, Check, Verdict

@@ -130,3 +130,17 @@ def failed(
 ) -> Result:
     """Something is wrong."""
     return Result(passed=False, message=message, where=where, value=value, threshold=threshold)
+
+
+def compared(
+    holds: bool,
+    message: str,
+    *,
+    where: tuple[str, ...] = (),
+    value: float | None = None,
+    threshold: float | None = None,
+) -> Result:
+    """Whether a value keeps to its threshold, with the same words and figures either way."""
+    return Result(
+        passed=holds, message=message, where=() if holds else where, value=value, threshold=threshold
+    )

@@ -79,7 +79,7 @@ def test_another_base_by_name(world: Path) -> None:
 
 def test_every_check_of_files_and_base_has_its_broken_expert() -> None:
     caught = {broken.check for broken in BROKEN.values()}
-    others = {"B101", "P503", "D202", "D203"}  # tested above, as it needs a name; information only
+    others = {"B101", "P503", "D203"}  # tested above, as it needs a name; information only
     assert {c.id for c in CHECKS if c.level in ("file", "base")} - others == caught
     assert len(BROKEN) >= 60
 
@@ -95,6 +95,13 @@ def test_healthy_experts(kind: str, world: Path) -> None:
     found = alarms(folder, world / "healthy" / ("tied-base" if "tied" in kind else "base"))
     documented = {"mlx": {"B107"}, "tied-full": {"P501"}}  # no field for a revision; a bare save has no card
     assert found.keys() == documented.get(kind, set()), found
+
+
+@pytest.mark.parametrize("kind", ["full", "adapter", "dora", "sharded", "mlx"])
+def test_the_directions_of_healthy_experts(kind: str, world: Path) -> None:
+    report = validate(world / "healthy" / kind, world / "healthy" / "base", level="base")
+    found = {v.id: v for v in report.verdicts if v.id in ("D202", "D205")}
+    assert {v.status for v in found.values()} == {"passed"}, found
 
 
 def test_a_healthy_expert_in_16_bits(world: Path, tmp_path: Path) -> None:
