@@ -12,7 +12,7 @@ from mergeready.errors import MergeReadyError
 from mergeready.merging.evaluation import run_evaluation
 from mergeready.merging.in_place import MergedInPlace
 from mergeready.training.bootstrap import difference
-from mergeready.validation.check import Limits, NotCheckedError, Result, check, failed, passed
+from mergeready.validation.check import Limits, NotCheckedError, Result, check, compared
 from mergeready.validation.evaluation import OWN
 from mergeready.validation.subject import Subject
 
@@ -39,9 +39,9 @@ def folded_equals_unfolded(subject: Subject, limits: Limits) -> Result:
         found = _outputs(subject, merged.live.model)
     error = float((found - expected).abs().max()) / max(float(expected.std()), 1e-12)
     message = f"logits differ by at most {error:.1e} of their spread"
-    if not error <= limits["relative_error"]:
-        return failed(message, value=error, threshold=limits["relative_error"])
-    return passed(message, value=error, threshold=limits["relative_error"])
+    return compared(
+        error <= limits["relative_error"], message, value=error, threshold=limits["relative_error"]
+    )
 
 
 @check(
@@ -61,9 +61,7 @@ def better_than_base(subject: Subject, limits: Limits) -> Result:
     message = f"{subject.metric} {base.value:.4g} → {expert.value:.4g}"
     if gain.low is not None and gain.high is not None:
         message += f", gain {gain.value:+.4g} [{gain.low:+.4g}, {gain.high:+.4g}] on {gain.n} examples"
-    if worst <= 0:
-        return failed(message, value=gain.value, threshold=0)
-    return passed(message, value=gain.value, threshold=0)
+    return compared(worst > 0, message, value=gain.value, threshold=0)
 
 
 @check(
@@ -84,9 +82,9 @@ def forgets_little(subject: Subject, limits: Limits) -> Result:
         after = _outputs(subject, merged.live.model).log_softmax(-1)
     divergence = float((before.exp() * (before - after)).sum(-1).mean())
     message = f"KL(base ‖ expert) is {divergence:.3g} nats on average"
-    if divergence > limits["divergence"]:
-        return failed(message, value=divergence, threshold=limits["divergence"])
-    return passed(message, value=divergence, threshold=limits["divergence"])
+    return compared(
+        divergence <= limits["divergence"], message, value=divergence, threshold=limits["divergence"]
+    )
 
 
 @check(
@@ -110,9 +108,9 @@ def improves_steadily(subject: Subject, limits: Limits) -> Result:
     if not gain:
         raise NotCheckedError("the expert is no better than its base")
     fall = max((values[0.0] + scale * gain - value) / gain for scale, value in values.items() if scale <= 1)
-    if fall > limits["fall"]:
-        return failed(f"{metric} at scale {shown}", value=fall, threshold=limits["fall"])
-    return passed(f"{metric} at scale {shown}", value=fall, threshold=limits["fall"])
+    return compared(
+        fall <= limits["fall"], f"{metric} at scale {shown}", value=fall, threshold=limits["fall"]
+    )
 
 
 @contextmanager

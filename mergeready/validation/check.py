@@ -140,7 +140,10 @@ def compared(
     value: float | None = None,
     threshold: float | None = None,
 ) -> Result:
-    """Whether a value keeps to its threshold, with the same words and figures either way."""
+    """Whether a value keeps to its threshold, with the same words and figures either way.
+
+    State what holds, so that a value that is no number fails.
+    """
     return Result(
         passed=holds, message=message, where=() if holds else where, value=value, threshold=threshold
     )

@@ -12,7 +12,7 @@ from mergeready.merging.evaluation import run_evaluation
 from mergeready.merging.in_place import MergedInPlace
 from mergeready.merging.tune import FIRST_SCALES, MAX_EVALUATIONS, TunedScale, tune_scale
 from mergeready.training.surrogates import Surrogates, synthetic_peers
-from mergeready.validation.check import Limits, NotCheckedError, Result, check, failed, passed
+from mergeready.validation.check import Limits, NotCheckedError, Result, check, compared
 from mergeready.validation.evaluation import OWN
 from mergeready.validation.subject import Subject
 
@@ -36,9 +36,7 @@ def interference(subject: Subject, limits: Limits) -> Result:
     shown = listing([f"{label}: cosine {c:.2f}, sign conflict {s:.2f}" for label, c, s in rows])
     opposed = [label for label, cosine, _ in rows if cosine < limits["cosine"]]
     worst = min(cosine for _, cosine, _ in rows)
-    if opposed:
-        return failed(shown, where=tuple(opposed), value=worst, threshold=limits["cosine"])
-    return passed(shown, value=worst, threshold=limits["cosine"])
+    return compared(not opposed, shown, where=tuple(opposed), value=worst, threshold=limits["cosine"])
 
 
 @check(
@@ -67,9 +65,7 @@ def retention(subject: Subject, limits: Limits) -> Result:
     )
     best = max(kept.values())
     message = f"merged with {len(others)} {kind}: {shown}"
-    if best < limits["retention"]:
-        return failed(message, value=best, threshold=limits["retention"])
-    return passed(message, value=best, threshold=limits["retention"])
+    return compared(best >= limits["retention"], message, value=best, threshold=limits["retention"])
 
 
 @check(
@@ -91,9 +87,7 @@ def scale_range(subject: Subject, limits: Limits) -> Result:
     good = [scale for scale, value in tuned.tried.items() if scale and (value - base) / gain >= 0.9]
     ratio = max(good) / min(good)
     message = f"with {len(others)} {kind}, scales {min(good):.2g} to {max(good):.2g} keep 90 % of the gain"
-    if ratio < limits["ratio"]:
-        return failed(message, value=ratio, threshold=limits["ratio"])
-    return passed(message, value=ratio, threshold=limits["ratio"])
+    return compared(ratio >= limits["ratio"], message, value=ratio, threshold=limits["ratio"])
 
 
 @check(
@@ -126,9 +120,7 @@ def bad_expert(subject: Subject, limits: Limits) -> Result:
         score = run_evaluation(evaluation.own, merged.live.model, metric, OWN)
     kept = (score.value - base.value) / gain
     message = f"with {len(others)} {kind} and one of noise, {method} keeps {kept:.0%}"
-    if kept < limits["retention"]:
-        return failed(message, value=kept, threshold=limits["retention"])
-    return passed(message, value=kept, threshold=limits["retention"])
+    return compared(kept >= limits["retention"], message, value=kept, threshold=limits["retention"])
 
 
 def _at_scale(tuned: TunedScale) -> str:

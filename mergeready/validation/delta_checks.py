@@ -11,7 +11,7 @@ import torch
 from mergeready.errors import NonFiniteError, NotTrainedError, listing
 from mergeready.experts.sums import squared_norm
 from mergeready.metrics.inspection import inspect_vector
-from mergeready.validation.check import Limits, NotCheckedError, Result, check, failed, passed
+from mergeready.validation.check import Limits, NotCheckedError, Result, check, compared, failed, passed
 from mergeready.validation.subject import Subject
 from mergeready.weights.source import chunk_ranges
 
@@ -109,9 +109,7 @@ def resolution(subject: Subject, limits: Limits) -> Result:
     lost = math.sqrt(noise / sum(squares.values()))
     stored = listing(sorted(str(dtype).removeprefix("torch.") for dtype in narrow))
     message = f"rounding to {stored} costs about {lost:.1%} of ‖τ‖"
-    if lost > limits["relative_error"]:
-        return failed(message, value=lost, threshold=limits["relative_error"])
-    return passed(message, value=lost, threshold=limits["relative_error"])
+    return compared(lost <= limits["relative_error"], message, value=lost, threshold=limits["relative_error"])
 
 
 @check(
@@ -131,9 +129,9 @@ def spread(subject: Subject, limits: Limits) -> Result:
         f"{found.sparsity:.1%} of entries unchanged, {found.top_mass:.0%} of ‖τ‖² in the top 1 %, "
         f"rank at most {found.rank}, stable rank {found.stable_rank:.1f} on average"
     )
-    if found.sparsity > limits["sparsity"]:
-        return failed(message, value=found.sparsity, threshold=limits["sparsity"])
-    return passed(message, value=found.sparsity, threshold=limits["sparsity"])
+    return compared(
+        found.sparsity <= limits["sparsity"], message, value=found.sparsity, threshold=limits["sparsity"]
+    )
 
 
 def _relative_norms(subject: Subject) -> tuple[Mapping[str, float], float]:
