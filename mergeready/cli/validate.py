@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from mergeready.cli.app import ExpertArgument, app, console
-from mergeready.errors import MergeReadyError
+from mergeready.errors import MergeReadyError, OptionError, listing
 
 if TYPE_CHECKING:
-    from mergeready.validation import Report
+    from mergeready.validation import Evaluation, Report
 
 _COLOURS = {"passed": "green", "failed": "red", "not checked": "yellow"}
 _COULD_NOT_RUN = 2
@@ -30,6 +30,16 @@ def validate(
     evaluation: Annotated[
         str | None,
         typer.Option("--eval", help="module:function that takes the base and returns an Evaluation."),
+    ] = None,
+    eval_data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead of --eval, a folder of held-out examples that datasets reads; see --pipeline."
+        ),
+    ] = None,
+    pipeline: Annotated[
+        Literal["text-classification"] | None,
+        typer.Option(help="How transformers evaluates them: accuracy, from the columns text and label."),
     ] = None,
     level: Annotated[
         Literal["file", "base", "behaviour", "composition"], typer.Option(help="The deepest level to check.")
@@ -55,7 +65,6 @@ def validate(
     from mergeready.training.history import read_history
     from mergeready.validation import validate as run_checks
     from mergeready.validation.card import write_card
-    from mergeready.validation.evaluation import load_evaluation
     from mergeready.validation.page import write_page
     from mergeready.validation.push import push_report
     from mergeready.validation.share import fingerprint_of, finite
@@ -63,7 +72,7 @@ def validate(
     from mergeready.weights.open import resolve_folder
 
     try:
-        looked_at = None if evaluation is None else load_evaluation(evaluation, base)
+        looked_at = _evaluation(expert, base, evaluation, eval_data, pipeline)
         report = run_checks(
             expert, base, peers=peers or (), evaluation=looked_at, level=level, thresholds=thresholds
         )
@@ -89,6 +98,24 @@ def validate(
     if push is not None:
         console().print(f"Uploaded to {escape(address)}", highlight=False, soft_wrap=True)
     sys.exit(report.exit_code(fail_on))
+
+
+def _evaluation(
+    expert: str, base: str | None, target: str | None, data: Path | None, pipeline: str | None
+) -> Evaluation | None:
+    from mergeready.validation.evaluation import load_evaluation
+
+    if data is None and pipeline is None:
+        return None if target is None else load_evaluation(target, base)
+    if target is not None:
+        raise OptionError("--eval and --eval-data are two ways to say the same: pass one of them.")
+    if data is None or pipeline is None or base is None:
+        given = {"--eval-data": data, "--pipeline": pipeline, "--base": base}
+        missing = [name for name, value in given.items() if value is None]
+        raise OptionError(f"an evaluation by a pipeline lacks {listing(missing)}.")
+    from mergeready.transformers.pipelines import text_classification
+
+    return text_classification(expert, base, data)
 
 
 def _print_report(screen: Console, report: Report) -> None:
