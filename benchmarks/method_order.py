@@ -144,9 +144,10 @@ def table(cells: dict[str, Any]) -> str:
         lines.append(f"| *{kind}* | " + " | ".join(f"{_shown(c)} | " for c in cellsof) + " |")
     last = steps[-1]
 
-    def rank(method: str) -> float:
+    def rank(method: str) -> tuple[float, str]:
         found = [cells[f"{method}/{last}/{x}"] for x in seeds if f"{method}/{last}/{x}" in cells]
-        return mean_and_interval([list(c["accuracy"].values()) for c in found])[0] if found else 0.0
+        value = mean_and_interval([list(c["accuracy"].values()) for c in found])[0] if found else 0.0
+        return value, method
 
     methods = sorted({key.split("/")[0] for key in cells} - {"references"}, key=rank)
     for method in methods:

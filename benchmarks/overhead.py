@@ -34,6 +34,7 @@ PLAIN_STEPS = 6
 PROBE_BUDGET = 0.1
 MANY = (1, 2, 4, 8, 16, 32)
 FRAMEWORKS = ("transformers", "lightning", "accelerate")
+PACES = {"cpu": "CPU", "clock": "clock"}
 
 
 def cells() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -366,6 +367,7 @@ def figures(watched: dict[str, Any]) -> dict[str, float]:
         "measurements": watched["measurements"],
         "steps": watched["steps"],
         "train_cpu_seconds": rest,
+        "paced_by": "cpu",
     }
 
 
@@ -398,8 +400,13 @@ def measured(folder: Path, cell: dict[str, Any]) -> dict[str, Any]:
     return figures(watched)
 
 
-def table(results: dict[str, Any]) -> str:
-    """The results as a page."""
+def table(results: dict[str, Any], notes: list[str]) -> str:
+    """The results as a page; notes are what somebody wrote into the results by hand, and are shown as such."""
+    noted = [line for note in notes for line in ("", f"Noted by hand: {note}")]
+    return "\n".join([*_measuring(results), *noted, *_probing(results), *_many_peers(results)]) + "\n"
+
+
+def _measuring(results: dict[str, Any]) -> list[str]:
     lines = [
         "# What monitoring costs",
         "",
@@ -409,25 +416,32 @@ def table(results: dict[str, Any]) -> str:
         "",
         "CPU seconds in the shell's events at steps over those of the training; what starting took once, apart; peak"
         " resident memory of a process beyond that of a run without the callback that imported the same, and over the"
-        " size of the model. Of the recorded cells, those of one process but `transformers full fp32` were paced by the"
-        " clock of a busy machine. That one, paced so, measured twice and took 1.12 %; it was run again after the pace"
-        " was changed to CPU seconds, as were all cells of two processes, and took 0.61 %. One run a cell.",
+        " size of the model. *Pace*: what decided when to measure, CPU seconds, or the clock of a machine that"
+        " others used as well. One run a cell.",
         "",
         "| framework | trained | precision | processes | share at steps | start (s) | measurements | steps"
-        " | added memory |",
-        "|---|---|---|---|---|---|---|---|---|",
+        " | pace | added memory |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, found in results.items():
-        if name.startswith("probe") or name == "peers":
+    for name, cell in cells():
+        if cell.get("probed") or "peers" in cell:
             continue
+        if name not in results:
+            lines.append(f"| {' | '.join(name.split())} | not measured | | | | | |")
+            continue
+        found = results[name]
         added = "not measured"
         if "added_bytes" in found:
             added = f"{found['added_bytes'] / 2**20:.0f} MiB ({found['added_over_model']:.0%})"
         lines.append(
             f"| {' | '.join(name.split())} | {found['share']:.2%} | {found['start_seconds']:.2f} | "
-            f"{found['measurements']} | {found['steps']} | {added} |"
+            f"{found['measurements']} | {found['steps']} | {PACES[found['paced_by']]} | {added} |"
         )
-    lines += [
+    return lines
+
+
+def _probing(results: dict[str, Any]) -> list[str]:
+    lines = [
         "",
         "## Probing, held to its time budget",
         "",
@@ -443,24 +457,28 @@ def table(results: dict[str, Any]) -> str:
             lines.append(
                 f"| {framework} | {found['budget']:.0%} | {found['share']:.1%} | {found['probes']} |"
             )
-    if "peers" in results:
-        rows, size = results["peers"]["rows"], results["peers"]["model_bytes"]
-        lines += [
-            "",
-            "## Peers",
-            "",
-            f"One measurement of a model of {size / 2**20:.0f} MiB. Peers stay on disk: of each, a few pieces of"
-            " a parameter (1 MiB each) are in memory while they are compared, on the device that trains too.",
-            "",
-            "| peers | CPU seconds | peak memory beyond that with one peer |",
-            "|---|---|---|",
-        ]
-        first = rows[0]["peak_rss"]
-        lines += [
+    return lines
+
+
+def _many_peers(results: dict[str, Any]) -> list[str]:
+    if "peers" not in results:
+        return []
+    rows, size = results["peers"]["rows"], results["peers"]["model_bytes"]
+    first = rows[0]["peak_rss"]
+    return [
+        "",
+        "## Peers",
+        "",
+        f"One measurement of a model of {size / 2**20:.0f} MiB. Peers stay on disk: of each, a few pieces of"
+        " a parameter (1 MiB each) are in memory while they are compared, on the device that trains too.",
+        "",
+        "| peers | CPU seconds | peak memory beyond that with one peer |",
+        "|---|---|---|",
+        *(
             f"| {row['peers']} | {row['cpu']:.2f} | {(row['peak_rss'] - first) / 2**20:.0f} MiB |"
             for row in rows
-        ]
-    return "\n".join(lines) + "\n"
+        ),
+    ]
 
 
 def main() -> None:
@@ -477,8 +495,10 @@ def main() -> None:
         child(Path(folder), json.loads(cell), watched == "1")
         return
     results: dict[str, Any] = {}
+    notes: list[str] = []
     if RESULT.exists() and not options.again:
-        results = json.loads(RESULT.read_text())["cells"]
+        kept = json.loads(RESULT.read_text())
+        results, notes = kept["cells"], kept["notes"]
     with tempfile.TemporaryDirectory() as folder:
         if not options.table:
             make_world(Path(folder))
@@ -494,8 +514,10 @@ def main() -> None:
                 results[name] |= added_memory(Path(folder), cell)
             print(name, json.dumps(results[name]), flush=True)
             ordered = {name: results[name] for name, _ in cells() if name in results}
-            RESULT.write_text(json.dumps({"cells": ordered}, indent=2) + "\n", encoding="utf-8")
-    RESULT.with_suffix(".md").write_text(table(results), encoding="utf-8")
+            RESULT.write_text(
+                json.dumps({"notes": notes, "cells": ordered}, indent=2) + "\n", encoding="utf-8"
+            )
+    RESULT.with_suffix(".md").write_text(table(results, notes), encoding="utf-8")
 
 
 if __name__ == "__main__":

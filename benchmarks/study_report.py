@@ -3,23 +3,27 @@
     mergeready study benchmarks/studies/overtraining.yaml -o benchmarks/results/study/overtraining   # computes cells
     python -m benchmarks.study_report                                                                # writes the pages
 
-Every number on the pages, and every "rises", "falls" or "not told apart", is taken from the cells.
+Every number on the pages, and every "rises", "falls" or "does not change measurably", is taken from the cells, and
+every setting from the studies' files.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.text_experts import ExpertSpec
 from mergeready.study.cells import EXPERT
 from mergeready.study.report import write_report
 from mergeready.study.results import Results, Sample
 from mergeready.study.run import Runner
-from mergeready.study.settings import load_study
+from mergeready.study.settings import Arm, StudySettings, load_study
 from mergeready.study.tables import (
     arm_table,
     curve_table,
@@ -34,6 +38,14 @@ from mergeready.study.tables import (
 ROOT = Path(__file__).parent.parent
 STUDIES, KEPT, DOCS = ROOT / "benchmarks/studies", ROOT / "benchmarks/results/study", ROOT / "docs"
 NAMES = ("overtraining", "schedules", "memorization")
+COUNTS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+MODELS = {"minilm_l6": "MiniLM-L6", "minilm_l3": "MiniLM-L3"}
+PAIRS = (
+    ("reducing the rate on plateau in place of cosine, both to the end,", "plateau+end", "cosine+end"),
+    ("stopping early under cosine", "cosine+early", "cosine+end"),
+    ("stopping early under plateau", "plateau+early", "plateau+end"),
+)
+"""What is asked of the schedules: which arm against which."""
 WRONG, TRUE, RIGHT = "wrong labels", "their true labels", "right labels"
 
 HOW = """
@@ -77,48 +89,84 @@ print(yaml.safe_load(path.read_text())["situations"][0]["recommend"])
 """
 
 
+@dataclass(frozen=True)
+class Study:
+    """A study's settings, and what it found."""
+
+    settings: StudySettings
+    results: Results
+
+    @property
+    def arm(self) -> Arm:
+        """What its arms share."""
+        return next(iter(self.settings.arms.values()))
+
+    @property
+    def suite(self) -> dict[str, Any]:
+        """Its suite's arguments."""
+        return self.settings.suite.arguments
+
+    @property
+    def tasks(self) -> int:
+        """Number of its tasks."""
+        return len(self.settings.tasks or ())
+
+
 def main() -> None:
-    for name, text in pages({name: _load(name) for name in NAMES}).items():
+    studies = {name: load(name) for name in NAMES}
+    for name, study in studies.items():
+        _draw(name, study)
+    for name, text in pages(studies).items():
         (DOCS / name).write_text(text, encoding="utf-8")
         print(DOCS / name)
 
 
-def pages(results: dict[str, Results]) -> dict[str, str]:
+def load(name: str) -> Study:
+    """A study and its kept cells."""
+    settings = load_study(STUDIES / f"{name}.yaml")
+    return Study(settings, Results(Runner(settings, KEPT / name).results()))
+
+
+def pages(studies: dict[str, Study]) -> dict[str, str]:
     """The pages' texts, by file name."""
     return {
-        "study.md": _study_page(results["overtraining"], results["memorization"]),
-        "results.md": _results_page(results["schedules"]),
+        "study.md": _study_page(studies["overtraining"], studies["memorization"]),
+        "results.md": _results_page(studies["schedules"]),
     }
 
 
-def _load(name: str) -> Results:
-    runner = Runner(load_study(STUDIES / f"{name}.yaml"), KEPT / name)
-    for path in write_report(runner):
-        if path.suffix == ".png" and runner.results():
-            target = DOCS / "study" / f"{name}-{path.name}"
-            target.parent.mkdir(exist_ok=True)
+def _draw(name: str, study: Study) -> None:
+    """Write the tables, and copy the pictures that pages show."""
+    for path in write_report(Runner(study.settings, KEPT / name)):
+        target = DOCS / "study" / f"{name}-{path.name}"
+        if target.exists():
             shutil.copyfile(path, target)
-    return Results(runner.results())
 
 
-def _study_page(curve: Results, noise: Results) -> str:
-    parts = ["# Does overtraining harm merging?", _curve_text(curve), _conclusions(curve), _tasks_text(curve)]
-    if noise.contents:
+def _study_page(curve: Study, noise: Study) -> str:
+    parts = [
+        "# Does overtraining harm merging?",
+        _curve_text(curve),
+        _conclusions(curve.results),
+        _tasks_text(curve.results),
+    ]
+    if noise.results.contents:
         parts.append(_noise_text(noise))
-    parts += [HOW.strip(), _cost([("overtraining", curve), ("memorization", noise)])]
+    parts += [HOW.strip(), _cost([curve, noise]) + _experts_cost(curve) + " " + MORE]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def _curve_text(results: Results) -> str:
-    arm = results.labels("arm")[0]
-    seeds = results.labels("seed")
+def _curve_text(study: Study) -> str:
+    results, suite, spec = study.results, study.suite, ExpertSpec(task="")
+    arm, seeds = results.labels("arm")[0], results.labels("seed")
     return f"""
 The question comes from Horoi et al. ([2506.14126](https://arxiv.org/abs/2506.14126)): experts that train long merge worse.
-It is contested, and the answer depends on how one merges. So: eight text tasks, MiniLM-L6 with frozen zero-shot heads, all
-weights but the embeddings trained by AdamW at 1e-4 with batch 32 on 1,000 examples a task, {len(seeds)} seeds
-({", ".join(map(str, seeds))}). All eight experts are merged at each step; the scale is searched anew for every step, method
-and seed on 100 validation examples a task, by a search that widens until the optimum is inside; 200 test examples a task are
-reported. Brackets are 95 % t intervals over seeds.
+It is contested, and the answer depends on how one merges. So: {COUNTS[study.tasks]} text tasks, {MODELS[suite["backbone"]]} with frozen zero-shot
+heads, all weights but the embeddings trained by AdamW at {_rate(spec.learning_rate)} with batch {spec.batch_size} on
+{spec.train_examples:,} examples a task, {len(seeds)} seeds
+({", ".join(map(str, seeds))}). All {COUNTS[study.tasks]} experts are merged at each step; the scale is searched anew for every step, method
+and seed on {suite["validation"]} validation examples a task, by a search that widens until the optimum is inside;
+{suite["test"]} test examples a task are reported. Brackets are 95 % t intervals over seeds.
 
 ![Accuracy of experts and merges against the training step](study/overtraining-curves.png)
 
@@ -148,7 +196,8 @@ def _conclusions(results: Results) -> str:
     experts = results.difference((arm, end, EXPERT), (arm, early, EXPERT))
     if experts is not None and early != end:
         lines.append(
-            f"- The experts themselves gain meanwhile: {signed(experts)} over seeds from step {early} to step {end}."
+            f"- The experts themselves {_verdict(experts, 'gain', 'lose')} meanwhile: {signed(experts)} over seeds from "
+            f"step {early} to step {end}."
         )
     ranking = sorted(merge_labels(results), key=lambda m: -(results.sample(arm, end, m) or _nothing()).value)
     if len(ranking) > 1:
@@ -206,8 +255,8 @@ intervals over test examples).
 """
 
 
-def _noise_text(results: Results) -> str:
-    arm = results.labels("arm")[0]
+def _noise_text(study: Study) -> str:
+    results, arm = study.results, study.results.labels("arm")[0]
     steps, lines = results.steps(arm), []
     for method in [EXPERT, *merge_labels(results)]:
         for extra in (WRONG, TRUE, RIGHT, None):
@@ -231,12 +280,13 @@ def _noise_text(results: Results) -> str:
         "of right ones."
         for m, share in kept.items()
     ]
-    seeds = results.labels("seed")
+    suite, trained = study.suite, study.arm
     return f"""
 ## What is memorised, and what merging keeps of it
 
-A fifth of the training labels is replaced by wrong ones, and which is known (MiniLM-L3, four tasks, 320 examples, batch 16,
-2e-4, constant; {len(seeds)} seed{"s" if len(seeds) > 1 else ""}, so intervals are over examples: a lead, not a result).
+Of the training labels, {suite["label_noise"]:.0%} are replaced by wrong ones, and which is known ({MODELS[suite["backbone"]]},
+{COUNTS[study.tasks]} tasks, {suite["train"]} examples, batch {trained.batch_size},
+{_rate(trained.learning_rate)}, {trained.schedule.kind}; {_seeds(results)}: a lead, not a result).
 
 {markdown(["", "accuracy on", *(f"step {step}" for step in steps)], lines)}
 
@@ -250,48 +300,40 @@ def _kept_share(merged: Sample | None, experts: Sample | None) -> float:
     return merged.value / experts.value if merged and experts and experts.value else float("nan")
 
 
-def _results_page(results: Results) -> str:
+def _results_page(study: Study) -> str:
+    results, suite, trained = study.results, study.suite, study.arm
     if not results.contents:
         return f"# What training choices do to a merge\n\nNot measured yet.\n\n{RECOMMENDED.strip()}\n"
-    arms, end = results.labels("arm"), results.steps(results.labels("arm")[0])[-1]
-    sentences = []
-    for method in merge_labels(results):
-        for what, one, two in (
-            (
-                "reducing the rate on plateau in place of cosine, both to the end,",
-                "plateau+end",
-                "cosine+end",
-            ),
-            ("stopping early under cosine", "cosine+early", "cosine+end"),
-            ("stopping early under plateau", "plateau+early", "plateau+end"),
-        ):
-            difference = (
-                results.difference((one, end, method), (two, end, method))
-                if {one, two} <= set(arms)
-                else None
-            )
-            if difference is not None:
-                sentences.append(f"- **{method}**: {what} changes merged accuracy by {signed(difference)}.")
-    told = sum(_excludes_zero(s) for s in _differences(results, arms, end))
-    total = len(_differences(results, arms, end))
-    ended = _ended(results)
-    seeds = results.labels("seed")
+    end = results.steps(results.labels("arm")[0])[-1]
+    changes = [
+        (method, what, difference)
+        for method in merge_labels(results)
+        for what, one, two in PAIRS
+        if (difference := results.difference((one, end, method), (two, end, method))) is not None
+    ]
+    sentences = [
+        f"- **{method}**: {what} changes merged accuracy by {signed(difference)}."
+        for method, what, difference in changes
+    ]
+    told = sum(_excludes_zero(difference) for _, _, difference in changes)
+    patience = next(arm.stop.patience for arm in study.settings.arms.values() if arm.stop)
     return f"""# What training choices do to a merge
 
 The starting paper changed two things at once: the schedule (reduced on plateau in place of cosine) and the moment to stop.
-Here they are apart. MiniLM-L3, four text tasks, 320 training examples a task, AdamW 2e-4, batch 16, {end} steps at most; "early" stops
-when validation accuracy has not improved for two evaluations of 12 steps; {len(seeds)} seed{"s" if len(seeds) > 1 else ""}, so the intervals are
-over 200 test examples a task and say nothing of seeds: **a screening, not a result**.
+Here they are apart. {MODELS[suite["backbone"]]}, {COUNTS[study.tasks]} text tasks, {suite["train"]} training examples a task,
+AdamW {_rate(trained.learning_rate)}, batch {trained.batch_size}, {end} steps at most; "early" stops
+when validation accuracy has not improved for {COUNTS[patience]} evaluations of {trained.evaluate_every} steps; {_seeds(results)},
+{suite["test"]} a task, and say nothing of seeds: **a screening, not a result**.
 
 ![Arms side by side](study/schedules-arms.png)
 
 {arm_table(results)}
 
-Runs ended at these steps, on average over tasks: {ended}.
+Runs ended at these steps, on average over tasks: {_ended(results)}.
 
 {chr(10).join(sentences)}
 
-Of these {total} differences, {told} have an interval that excludes 0.
+Of these {len(changes)} differences, {told} have an interval that excludes 0.
 
 ## Not measured yet
 
@@ -301,19 +343,19 @@ none of them.
 
 {RECOMMENDED.strip()}
 
-{_cost([("schedules", results)])}
+{_cost([study])} {MORE}
 """
 
 
-def _differences(results: Results, arms: list[str], end: int) -> list[Sample]:
-    pairs = [("plateau+end", "cosine+end"), ("cosine+early", "cosine+end"), ("plateau+early", "plateau+end")]
-    found = [
-        results.difference((one, end, m), (two, end, m))
-        for one, two in pairs
-        if {one, two} <= set(arms)
-        for m in merge_labels(results)
-    ]
-    return [sample for sample in found if sample is not None]
+def _seeds(results: Results) -> str:
+    count = len(results.labels("seed"))
+    over = "seeds" if count > 1 else "test examples"
+    return f"{count} seed{'s' if count > 1 else ''}, so the intervals are over {over}"
+
+
+def _rate(value: float) -> str:
+    """As one writes learning rates: 1e-4."""
+    return f"{value:.0e}".replace("e-0", "e-")
 
 
 def _ended(results: Results) -> str:
@@ -324,9 +366,13 @@ def _ended(results: Results) -> str:
     return ", ".join(f"{arm} {np.mean(values):.0f}" for arm, values in steps.items())
 
 
-def _cost(studies: list[tuple[str, Results]]) -> str:
+MORE = "More seeds, more test examples, longer runs and larger models are what a larger machine would add."
+
+
+def _cost(studies: Iterable[Study]) -> str:
     parts = []
-    for name, results in studies:
+    for study in studies:
+        name, results = study.settings.name, study.results
         if not results.contents:
             continue
         kept = [json.loads(path.read_text()) for path in sorted((KEPT / name / "runs").glob("*.json"))]
@@ -334,16 +380,15 @@ def _cost(studies: list[tuple[str, Results]]) -> str:
         merging = results.merging_seconds() / 3600
         trained = f"{training:.2f} CPU hours of training and " if kept else ""
         parts.append(f"{name}: {trained}{merging:.2f} CPU hours of merging, tuning and testing")
-    extra = ""
-    if any(name == "overtraining" for name, _ in studies):
-        spent = json.loads((KEPT / "text_experts.json").read_text())
-        extra = (
-            f" The experts of the first study were trained beforehand by `benchmarks.text_experts`; {len(spent['cpu_seconds'])} of its "
-            f"24 runs were timed, {np.mean(spent['cpu_seconds']):.0f} CPU seconds each on average."
-        )
-    return f"""## Cost
+    return f"## Cost\n\n{'; '.join(parts)}."
 
-{"; ".join(parts)}.{extra} More seeds, more test examples, longer runs and larger models are what a larger machine would add."""
+
+def _experts_cost(study: Study) -> str:
+    spent = json.loads((KEPT / "text_experts.json").read_text())["cpu_seconds"]
+    return (
+        f" The experts of the first study were trained beforehand by `benchmarks.text_experts`; {len(spent)} of its "
+        f"{study.tasks * len(study.settings.seeds)} runs were timed, {np.mean(spent):.0f} CPU seconds each on average."
+    )
 
 
 def _verdict(sample: Sample, up: str = "rises", down: str = "falls") -> str:

@@ -11,20 +11,18 @@ import yaml
 from benchmarks import study_report
 from mergeready.merging import method_names
 from mergeready.study.results import Results
-from mergeready.study.run import Runner
-from mergeready.study.settings import load_study
 
 ROOT = Path(study_report.__file__).parent.parent
 SITUATIONS = yaml.safe_load((ROOT / "mergeready/recommendations.yaml").read_text())["situations"]
 
 
 @cache
+def study(name: str) -> study_report.Study:
+    return study_report.load(name)
+
+
 def kept(name: str) -> Results:
-    return Results(
-        Runner(
-            load_study(ROOT / f"benchmarks/studies/{name}.yaml"), ROOT / f"benchmarks/results/study/{name}"
-        ).results()
-    )
+    return study(name).results
 
 
 @pytest.mark.parametrize("entry", SITUATIONS, ids=lambda entry: str(entry["when"]))
@@ -58,6 +56,6 @@ def test_the_recommended_methods_differ_as_the_cells_say() -> None:
 
 def test_pages_are_what_the_cells_give() -> None:
     """``python -m benchmarks.study_report`` writes them."""
-    found = study_report.pages({name: kept(name) for name in study_report.NAMES})
+    found = study_report.pages({name: study(name) for name in study_report.NAMES})
     for name, text in found.items():
         assert (ROOT / "docs" / name).read_text() == text
