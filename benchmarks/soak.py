@@ -25,6 +25,7 @@ from mergeready import MergeReadyLoop, Peer, Probe, Schedule
 
 RESULT = Path(__file__).parent / "results" / "soak.json"
 STEPS, READ_EVERY = 10_000, 500
+MEASURE_EVERY, PROBE_EVERY = 20, 200
 
 
 def model() -> nn.Module:
@@ -65,8 +66,10 @@ def soak(folder: Path, steps: int) -> dict[str, Any]:
         folder / "run",
         base=folder / "base",
         peers=peers,
-        measure=Schedule(every=20),
-        probe=Probe(merge=["task_arithmetic", "ties"], evaluate=accuracy, schedule=Schedule(every=200)),
+        measure=Schedule(every=MEASURE_EVERY),
+        probe=Probe(
+            merge=["task_arithmetic", "ties"], evaluate=accuracy, schedule=Schedule(every=PROBE_EVERY)
+        ),
     )
     monitor.prepare(net, total_steps=steps)
     process, resident, began = psutil.Process(), [], time.process_time()
@@ -82,6 +85,8 @@ def soak(folder: Path, steps: int) -> dict[str, Any]:
     early = next(value for step, value in resident if step >= steps // 5)
     return {
         "steps": steps,
+        "measure_every": MEASURE_EVERY,
+        "probe_every": PROBE_EVERY,
         "records": len(monitor.history),
         "resident_bytes": resident,
         "growth_after_a_fifth_bytes": resident[-1][1] - early,

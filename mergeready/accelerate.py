@@ -35,7 +35,7 @@ class MergeReadyLoop(loop.MergeReadyLoop):
     Args:
         accelerator: The run's accelerator.
         folder: Where history, picks and summary go; ``<project_dir>/mergeready`` by default.
-        **options: ``base``, ``peers``, ``probe``, ``stop``, ``on_stop``, ``measure`` ``picks`` and
+        **options: ``base``, ``peers``, ``probe``, ``stop``, ``on_stop``, ``measure``, ``picks`` and
             ``techniques``, as :class:`~mergeready.training.monitor.Monitor` takes them. A probe needs its ``evaluate``.
 
     Raises:

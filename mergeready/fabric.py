@@ -29,7 +29,7 @@ class MergeReadyLoop(loop.MergeReadyLoop):
     Args:
         fabric: The run's Fabric.
         folder: Where history, picks and summary go; one folder a run.
-        **options: ``base``, ``peers``, ``probe``, ``stop``, ``on_stop``, ``measure`` ``picks`` and
+        **options: ``base``, ``peers``, ``probe``, ``stop``, ``on_stop``, ``measure``, ``picks`` and
             ``techniques``, as :class:`~mergeready.training.monitor.Monitor` takes them. A probe needs its ``evaluate``.
 
     Example:

@@ -80,6 +80,7 @@ class MergeReadyCallback(Callback):  # type: ignore[misc]  # lightning is not ty
             self._state = self.monitor.state_dict() | {"tensors": self.monitor.tensors()}
         context = trainer.precision_plugin.forward_context
         self.monitor = Monitor(**evaluating_inside(self._options, context))
+        _require_one_pass(self.monitor.techniques, pl_module)
         if trainer.global_step and self._state:
             self.monitor.load_state_dict(self._state, self._state.get("tensors"))
         total = trainer.estimated_stepping_batches
@@ -92,7 +93,6 @@ class MergeReadyCallback(Callback):  # type: ignore[misc]  # lightning is not ty
             save=lambda folder: save_expert(model, folder, self._processor),
         )
         self._step = trainer.global_step
-        _require_one_pass(self.monitor.techniques, pl_module)
         self._publish(trainer, self.monitor.last_scalars())
 
     def on_train_batch_start(self, *_: Any) -> None:
@@ -138,9 +138,8 @@ class MergeReadyCallback(Callback):  # type: ignore[misc]  # lightning is not ty
         if not outcome.scalars:
             return
         self._publish(trainer, outcome.scalars)
-        for (
-            logger
-        ) in trainer.loggers:  # self.log would wait for, or miss, the next multiple of log_every_n_steps
+        # self.log would wait for, or miss, the next multiple of log_every_n_steps.
+        for logger in trainer.loggers:
             logger.log_metrics(dict(outcome.scalars), step=trainer.global_step)
             logger.save()
         if trainer.strategy.reduce_boolean_decision(outcome.decision.stop, all=False):

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 import mergeready.lightning
 from mergeready import DriftPenalty, SharpnessAware, SimulatedMerge, WeightAverage
-from mergeready.errors import UnsupportedError
+from mergeready.errors import OptionError, UnsupportedError
 from mergeready.transformers import MergeReadyCallback
 from tests.loops import Lit, lightning_trainer, load, loader, make_world
 from tests.trainers import make_trainer, weights_of
@@ -132,3 +132,18 @@ def test_two_passes_are_refused_by_lightning(world: Path, tmp_path: Path) -> Non
     )
     with pytest.raises(UnsupportedError, match="sharpness_aware needs two passes"):
         lightning_trainer(tmp_path, own).fit(Lit(load(world)), loader())
+    assert not (tmp_path / "mergeready").exists()
+
+
+def test_an_average_does_not_overwrite_the_best_checkpoint(world: Path, tmp_path: Path) -> None:
+    best: dict[str, Any] = {
+        "load_best_model_at_end": True,
+        "eval_strategy": "steps",
+        "save_strategy": "steps",
+    }
+    best |= {"eval_steps": 3, "save_steps": 3, "metric_for_best_model": "accuracy"}
+    trainer = make_trainer(tmp_path, callback(world, WeightAverage()), model=load(world), **(STEADY | best))
+    with pytest.raises(OptionError, match="weight_average sets the weights at the end of training"):
+        trainer.train()
+    assert not (tmp_path / "mergeready").exists()
+    make_trainer(tmp_path, callback(world, DriftPenalty()), model=load(world), **(STEADY | best)).train()

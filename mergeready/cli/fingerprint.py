@@ -8,9 +8,6 @@ from rich.markup import escape
 
 from mergeready.cli.app import BaseOption, ExpertArgument, StrictOption, app, console, open_all
 
-WORTH_SAYING = 0.1
-"""Share of the norm that is rounding, above which it is said."""
-
 
 @app.command()
 def fingerprint(
@@ -30,6 +27,7 @@ def fingerprint(
     """Write a small file against which others can measure interference without the expert's weights."""
     from mergeready.experts.fingerprint import SUFFIX
     from mergeready.metrics.take_fingerprint import take_fingerprint
+    from mergeready.training.rounding_warning import WORTH_SAYING
 
     opened_base, [opened] = open_all(base, [expert], strict)
     made = take_fingerprint(opened.vector, opened_base, label=label, budget=budget)

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, TypeAlias, TypeVar
 
 from mergeready.errors import OptionError, listing
 from mergeready.merging.method import ElementwiseMethod, MergeMethod
+from mergeready.registry import Registry
 
-_METHODS: dict[str, type[MergeMethod]] = {}
+_METHODS: Registry[MergeMethod] = Registry("a merge method", "parameter")
 _M = TypeVar("_M", bound=type[MergeMethod])
 
 MethodLike: TypeAlias = str | MergeMethod
@@ -14,15 +14,13 @@ MethodLike: TypeAlias = str | MergeMethod
 
 def register(method: _M) -> _M:
     """Make a merge method known under its name. Use as a class decorator."""
-    if method.name in _METHODS:
-        raise OptionError(f"a merge method named {method.name!r} exists already.")
-    _METHODS[method.name] = method
+    _METHODS.add(method)
     return method
 
 
 def method_names() -> list[str]:
     """All registered names, sorted."""
-    return sorted(_METHODS)
+    return _METHODS.names()
 
 
 def method_class(name: str) -> type[MergeMethod]:
@@ -31,9 +29,7 @@ def method_class(name: str) -> type[MergeMethod]:
     Raises:
         OptionError: If there is none; the message lists all names.
     """
-    if name not in _METHODS:
-        raise OptionError(f"there is no merge method {name!r}; known are {', '.join(method_names())}.")
-    return _METHODS[name]
+    return _METHODS.of(name)
 
 
 def make_method(method: MethodLike, **parameters: Any) -> MergeMethod:
@@ -48,21 +44,7 @@ def make_method(method: MethodLike, **parameters: Any) -> MergeMethod:
                 f"parameters {listing(parameters)} belong into the {method.name} object itself."
             )
         return method
-    chosen = method_class(method)
-    known = [f.name for f in dataclasses.fields(chosen)]
-    unknown = [name for name in parameters if name not in known]
-    if unknown:
-        raise OptionError(
-            f"{method} has no parameter {listing(unknown)}; it has {', '.join(known) if known else 'none'}."
-        )
-    needed = [f.name for f in dataclasses.fields(chosen) if _is_required(f) and f.name not in parameters]
-    if needed:
-        raise OptionError(f"{method} needs {listing(f'`{name}`' for name in needed)}; see its documentation.")
-    return chosen(**parameters)
-
-
-def _is_required(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    return _METHODS.make(method, parameters)
 
 
 def require_fraction(name: str, value: float, *, zero: bool = False) -> None:

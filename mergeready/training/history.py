@@ -123,13 +123,17 @@ class HistoryFile(History):
         super().__init__(records)
         self.path = path
         wanted = [_line(record) for record in records]
-        found = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        # What is damaged is kept as it is.
+        text = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else ""
+        found = text.splitlines(keepends=True)
         if found == wanted:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         same = next((i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), len(wanted))
         if found[same:]:
-            with path.with_suffix(".superseded.jsonl").open("a", encoding="utf-8") as file:
+            with path.with_suffix(".superseded.jsonl").open(
+                "a", encoding="utf-8", errors="surrogateescape"
+            ) as file:
                 file.writelines(line if line.endswith("\n") else line + "\n" for line in found[same:])
         with new_file(path) as temporary:
             temporary.write_text("".join(wanted), encoding="utf-8")

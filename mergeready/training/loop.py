@@ -27,7 +27,7 @@ class MergeReadyLoop:
 
     Args:
         folder: Where ``history.jsonl``, ``picks/`` and ``summary.json`` go; one folder a run.
-        **options: ``base``, ``peers``, ``probe``, ``stop``, ``on_stop``, ``measure`` and ``picks`` and
+        **options: ``base``, ``peers``, ``probe``, ``stop``, ``on_stop``, ``measure``, ``picks`` and
             ``techniques``, as :class:`~mergeready.training.monitor.Monitor` takes them. A probe needs its ``evaluate``.
             With ``share=mergeready.share_run``, each pick gets fingerprint, report and card at the end.
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from mergeready.errors import HistoryError, MergeReadyError, OptionError, listing
+from mergeready.errors import HistoryError, MergeReadyError, OptionError
 from mergeready.experts.base import Base
 from mergeready.experts.fingerprint import Fingerprint
 from mergeready.experts.live import LiveExpert
@@ -23,28 +22,22 @@ from mergeready.training.finish import FinishedRun, Share
 from mergeready.training.history import History, HistoryFile
 from mergeready.training.masters import Masters, MastersLike
 from mergeready.training.measure import measure
-from mergeready.training.peers import (
-    OpenPeer,
-    Peer,
-    PeerLike,
-    SketchedPeer,
-    open_peers,
-    open_sketches,
-    require_own_names,
-    require_reachable,
-)
+from mergeready.training.peers import Peer, PeerLike
+from mergeready.training.peers_of_run import peers_of_run
 from mergeready.training.picks import Picks, PickStore, Save
 from mergeready.training.policies import Decision, Policy
 from mergeready.training.probe import Probe, Prober
-from mergeready.training.records import DecisionRecord, MetricsRecord, Record, ResumeRecord, StartRecord
+from mergeready.training.records import DecisionRecord, Record
 from mergeready.training.references import measure_references
+from mergeready.training.rounding_warning import warn_of_rounding
 from mergeready.training.scalars import PREFIX, scalars
 from mergeready.training.schedule import Pacer, Schedule
+from mergeready.training.start_record import records_of_start, start_record
+from mergeready.training.summary import write_summary
 from mergeready.training.techniques.hooks import unwrapped
 from mergeready.training.techniques.registry import TechniqueLike
 from mergeready.training.techniques.run import TechniqueRun
 from mergeready.training.techniques.technique_set import TechniqueSet
-from mergeready.weights.atomic import new_file
 from mergeready.weights.open import WeightsLike
 from mergeready.weights.ranks import Ranks
 from mergeready.weights.shards import require_readable
@@ -53,8 +46,6 @@ logger = logging.getLogger("mergeready")
 
 DEFAULT_MEASURE = Schedule(every=100, time_budget=0.008)
 STATE_VERSION = 1
-WORTH_SAYING = 0.1
-"""Share of the norm that is rounding, above which it is said."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +141,8 @@ class Monitor:
                 copies of 16-bit parameters are looked for in them.
 
         Raises:
-            MergeReadyError: If base, peers or evaluations are not usable. Nothing was changed.
+            MergeReadyError: If base, peers or evaluations are not usable. Nothing was written, and nothing changed but
+                what techniques initialise.
             UnsupportedError: If the model is sharded in a way that cannot be read, as by FSDP1 and ZeRO-3.
         """
         require_readable(model)
@@ -211,7 +203,9 @@ class Monitor:
         if self._measuring.due(step, seconds):
             began = time.perf_counter()
             self._refine()
-            records.append(self._measured(step))
+            record = measure(self.live, self.peers, step, self.history, self.sketched)
+            warn_of_rounding(record, self.history)
+            records.append(record)
             self._measuring.took(self._since(began))
         if self._probing is not None and self._probing.due(step, seconds):
             records.append(self._run_probe(step))
@@ -252,32 +246,17 @@ class Monitor:
         self.techniques.finish()
         self.on_save()
         self.watch.finish(self.folder)
-        summary = self.ranks.on_first(self._write_summary)
+        picked = self._store.selected(self.history) if self._store and self.history.probes else {}
+        training, probing = self._train_seconds(), self._probing
+        summary = self.ranks.on_first(
+            lambda: write_summary(self.folder, self.history, picked, self._measuring, probing, training)
+        )
         if self._share is not None and self._store is not None and summary["picks"]:
             picks = {label: self._store.path(step) for label, step in summary["picks"].items()}
             run = FinishedRun(self.folder, picks, self.live.base, self._given_peers, self.history)
             share = self._share
             with self.live.base_readable():
                 self.ranks.on_first(lambda: share(run))
-        return summary
-
-    def _write_summary(self) -> dict[str, Any]:
-        selected = self._store.selected(self.history) if self._store and self.history.probes else {}
-        summary = {
-            "picks": selected,
-            "stopped": [
-                {"step": d.step, "reason": d.reason, "acted": d.acted} for d in self.history.decisions
-            ],
-            "seconds": {
-                "measuring": self._measuring.spent,
-                "probing": self._probing.spent if self._probing else 0.0,
-                "training": self._train_seconds(),
-            },
-            "probes_skipped_for_time": self._probing.skipped if self._probing else 0,
-        }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with new_file(self.folder / "summary.json") as temporary:
-            temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         return summary
 
     def state_dict(self) -> dict[str, Any]:
@@ -323,32 +302,9 @@ class Monitor:
         recorded = known.base if known else None
         base = base_of_run(model, self.base, self.folder, step=step, recorded=recorded, ranks=self.ranks)
         self.live = LiveExpert(model, base, self.ranks)
-        with self.live.base_readable(), self.ranks.together():
-            self.peers: list[OpenPeer] = open_peers(self._given_peers, self.live.base)
-            self.sketched: list[SketchedPeer] = open_sketches(self._given_peers, self.live.base)
-            require_own_names([*self.peers, *self.sketched])
-            require_reachable([*self.peers, *self.sketched], list(self.live.targets))
-        if self.sketched and self.probe is not None:
-            logger.info(
-                "peers known by fingerprint are measured, not merged: %s%s",
-                listing([peer.label for peer in self.sketched]),
-                "" if self.peers else "; probes use surrogates",
-            )
-        for peer in self.peers:
-            if peer.evaluate is not None:
-                peer.evaluate = agreed(peer.evaluate, self.ranks)
-
-    def _measured(self, step: int) -> MetricsRecord:
-        record = measure(self.live, self.peers, step, self.history, self.sketched)
-        first = not any(earlier.resolution for earlier in self.history.metrics)
-        if first and record.resolution is not None and record.resolution > WORTH_SAYING:
-            logger.warning(
-                "step %d: rounding alone would give %.0f %% of ‖τ‖, as weights exist in 16 bits only. If the training "
-                "keeps finer copies, name its optimizer, or the copies as `masters`.",
-                step,
-                100 * record.resolution,
-            )
-        return record
+        self.peers, self.sketched = peers_of_run(
+            self._given_peers, self.live, self.ranks, probed=self.probe is not None
+        )
 
     def _refine(self) -> None:
         """Find the finest copies of the weights anew: optimizers make theirs late, and may replace them."""
@@ -396,51 +352,10 @@ class Monitor:
                 if self.ranks.is_first
                 else History(records)
             )
-        start = self._start_record(step)
-        earlier = self.history.start
-        if earlier is None:
-            self._append(start)
-        else:
-            changed = [
-                key for key in vars(start) if key != "step" and getattr(start, key) != getattr(earlier, key)
-            ]
-            if "base" in changed:
-                raise HistoryError("the run was started from another base than the one given now.")
-            if changed:
-                self._append(ResumeRecord(step=step, changed=changed), start)
-
-    def _start_record(self, step: int) -> StartRecord:
-        base = self.live.base.identity.fingerprint
-        peers = {peer.label: peer.norm for peer in self.peers}
-        peers |= {peer.label: peer.fingerprint.norm for peer in self.sketched}
-        fingerprints = [peer.label for peer in self.sketched]
-        unmerged = list(self.live.extra)
-        techniques = [technique.describe() for technique in self.techniques.techniques]
-        if self._prober is None or self.probe is None:
-            return StartRecord(
-                step=step,
-                base=base,
-                peers=peers,
-                fingerprints=fingerprints,
-                unmerged=unmerged,
-                techniques=techniques,
-            )
-        return StartRecord(
-            step=step,
-            base=base,
-            peers=peers,
-            fingerprints=fingerprints,
-            surrogate=not self.peers,
-            metric=self._prober.metric,
-            greater_is_better=self.probe.is_greater_better(self._prober.metric),
-            methods=[{"label": label, **method.describe()} for label, method in self.probe.methods.items()],
-            references={
-                task: {kind: score.value for kind, score in scores.items()}
-                for task, scores in self._prober.references.items()
-            },
-            unmerged=unmerged,
-            techniques=techniques,
+        start = start_record(
+            step, self.live, self.peers, self.sketched, self.probe, self._prober, self.techniques
         )
+        self._append(*records_of_start(start, self.history.start))
 
     def _run_probe(self, step: int, known: Score | None = None) -> Record:
         if self._prober is None or self._probing is None:
@@ -486,10 +401,8 @@ class Monitor:
         return max(time.perf_counter() - self._began - spent, 1e-9)
 
     def _make_probe_pacer(self, total_steps: int | None, step: int) -> Pacer | None:
-        """The references were measured with the same functions, so they tell what the first probe will cost."""
         if self.probe is None or self._prober is None:
             return None
-        tasks = len(self._prober.tasks)
-        evaluations = 1 + len(self.probe.methods) * len(self.probe.scales) * tasks
-        cost = self._reference_seconds / (2 * tasks - 1) * evaluations
-        return Pacer(self.probe.schedule, total_steps, step, spent=self._reference_seconds, cost=cost)
+        spent = self._reference_seconds
+        cost = self._prober.cost(spent)
+        return Pacer(self.probe.schedule, total_steps, step, spent=spent, cost=cost)

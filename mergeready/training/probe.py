@@ -103,6 +103,12 @@ class Prober:
         """Every task that is evaluated, the own one first."""
         return task_evaluations(self.evaluate, self.peers)
 
+    def cost(self, reference_seconds: float) -> float:
+        """Seconds that the first probe will take, as the references were measured with the same functions."""
+        tasks = len(self.tasks)
+        evaluations = 1 + len(self.probe.methods) * len(self.probe.scales) * tasks
+        return reference_seconds / (2 * tasks - 1) * evaluations
+
     def run(self, step: int, history: History, known: Score | None = None) -> ProbeRecord:
         """Probe now.
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
-from mergeready.errors import OptionError
+from mergeready.errors import OptionError, listing
 from mergeready.merging.evaluation import Evaluate
 from mergeready.training.history import History
 from mergeready.training.images import run_images
@@ -17,6 +17,8 @@ from mergeready.training.monitor import Monitor, Outcome
 from mergeready.training.options import MonitorOptions
 from mergeready.training.save import save_expert
 from mergeready.training.scalars import PREFIX
+from mergeready.training.techniques.technique import Touch
+from mergeready.training.techniques.technique_set import TechniqueSet
 from mergeready.transformers.difficulty import carry_ids, require_ids
 from mergeready.transformers.evaluation import evaluate_with
 from mergeready.transformers.find import calling_trainer
@@ -92,6 +94,7 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         trainer = self._find_trainer()
         self._require_order(args, trainer)
         self.monitor = Monitor(**self._options)
+        _require_own_end(args, self.monitor.techniques)
         if self.monitor.difficulty is not None:
             require_ids(trainer)
         entry = state.stateful_callbacks.setdefault(STATE_KEY, {"args": {}, "attributes": {}})
@@ -233,6 +236,15 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         if trainer.eval_dataset is None or isinstance(trainer.eval_dataset, dict):
             return None
         return lambda model: evaluate_with(trainer)
+
+
+def _require_own_end(args: Any, techniques: TechniqueSet) -> None:
+    if args.load_best_model_at_end and techniques.touches(Touch.END):
+        names = listing(t.name for t in techniques.techniques if Touch.END in t.touches)
+        raise OptionError(
+            f"{names} sets the weights at the end of training, over the best checkpoint that `load_best_model_at_end` "
+            "loads. Leave one of them out; picks keep the best step of the average."
+        )
 
 
 def loss_scale(accelerator: Any) -> float:

@@ -91,6 +91,16 @@ def whole(tensor: Tensor) -> Tensor:
     return cast("Any", value).full_tensor() if is_sharded(value) else value
 
 
+def copies(tensor: Tensor, ranks: int) -> float:
+    """How many of ``ranks`` ranks hold each element of a tensor."""
+    if not is_sharded(tensor):
+        return ranks
+    placed = cast("Any", tensor.detach())
+    mesh, placements = placed.device_mesh, placed.placements
+    inside: int = math.prod(mesh.size(i) for i, place in enumerate(placements) if place.is_replicate())
+    return float(inside * ranks / mesh.size())
+
+
 def reshard(model: nn.Module) -> None:
     """Let every FSDP2 module hold its shards and nothing else.
 

@@ -92,9 +92,12 @@ def test_a_damaged_line_is_named(tmp_path: Path, damage: object) -> None:
         read_history(path)
 
 
-def test_a_new_run_in_an_old_folder_loses_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", [b"", b"\xff\xfe no text\n"], ids=["whole", "damaged"])
+def test_a_new_run_in_an_old_folder_loses_nothing(tmp_path: Path, damage: bytes) -> None:
     train(tmp_path / "run", steps=4)
-    old = (tmp_path / "run" / "history.jsonl").read_bytes()
+    path = tmp_path / "run" / "history.jsonl"
+    old = path.read_bytes() + damage
+    path.write_bytes(old)
     train(tmp_path / "run", steps=2)
-    kept = [path.read_bytes() for path in (tmp_path / "run").glob("history*") if path.name != "history.jsonl"]
-    assert old in kept or any(old in text for text in kept)
+    assert path.with_suffix(".superseded.jsonl").read_bytes() == old
+    assert [record.step for record in read_history(path).metrics] == [1, 2]

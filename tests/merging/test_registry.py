@@ -30,10 +30,11 @@ DENSE = ["ties", "dare_linear", "dare_ties", "breadcrumbs", "pcb"]
 @pytest.fixture
 def registry() -> Iterator[None]:
     """Whatever a test registers is forgotten again."""
-    before = dict(_METHODS)
+    known = _METHODS._classes
+    before = dict(known)
     yield
-    _METHODS.clear()
-    _METHODS.update(before)
+    known.clear()
+    known.update(before)
 
 
 @dataclass(frozen=True, kw_only=True)

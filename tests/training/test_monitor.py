@@ -392,12 +392,12 @@ class TestTime:
     ) -> None:
         """Opening large peers takes a while; a budget is a share of what training takes."""
 
-        def slowly(*arguments: Any) -> Any:
+        def slowly(*arguments: Any, **named: Any) -> Any:
             clock.now += 1000.0
-            return original(*arguments)
+            return original(*arguments, **named)
 
-        original = monitor_module.open_peers
-        monkeypatch.setattr(monitor_module, "open_peers", slowly)
+        original = monitor_module.peers_of_run
+        monkeypatch.setattr(monitor_module, "peers_of_run", slowly)
         monitor = self.run(tmp_path, clock, cost=2.0, steps=10, schedule=Schedule(every=1, time_budget=0.5))
         assert monitor.finish()["seconds"]["training"] == pytest.approx(10.0)
         assert monitor.history.probes == []

@@ -1,21 +1,20 @@
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mergeready.errors import OptionError
+from mergeready.training.techniques.penalty import Penalty
 from mergeready.training.techniques.registry import register
 from mergeready.training.techniques.run import TechniqueRun
-from mergeready.training.techniques.technique import Running, Technique, Touch
+from mergeready.training.techniques.technique import Running
 
 logger = logging.getLogger("mergeready")
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class DriftPenalty(Technique):
+class DriftPenalty(Penalty):
     """Pull the expert towards the base: ``R = λ ‖τ‖²`` joins the loss, so ``2λτ`` joins the gradient (L2-SP).
 
     Li et al., "Explicit Inductive Bias for Transfer Learning" (arXiv 1802.01483), equation 2, whose α/2 is λ here. For
@@ -39,17 +38,8 @@ class DriftPenalty(Technique):
     """
 
     name: ClassVar[str] = "drift_penalty"
-    touches: ClassVar[frozenset[Touch]] = frozenset({Touch.EXTRA_GRADIENT})
 
     strength: float = 0.01
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.strength) and self.strength >= 0):
-            raise OptionError(f"`strength` must be a number of at least 0, not {self.strength}.")
-
-    @property
-    def is_off(self) -> bool:
-        return self.strength == 0
 
     def begin(self, run: TechniqueRun) -> Running:
         logger.warning(

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
@@ -12,9 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mergeready.errors import OptionError
 from mergeready.training.batches import Batches, Forward, forward_logits, on_device_of
 from mergeready.training.penalties import jacobian_norm
+from mergeready.training.techniques.penalty import Penalty
 from mergeready.training.techniques.registry import register
 from mergeready.training.techniques.run import TechniqueRun
-from mergeready.training.techniques.technique import Running, Technique, Touch
+from mergeready.training.techniques.technique import Running
 from mergeready.training.techniques.trained import Trained, Whole
 from mergeready.training.techniques.whole import require_whole
 from mergeready.weights.guard import untouched
@@ -22,7 +22,7 @@ from mergeready.weights.guard import untouched
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class JacobianPenalty(Technique):
+class JacobianPenalty(Penalty):
     """Keep the task vector from changing what the model says on peers' inputs: ``R = λ · mean ‖J(x) τ‖₂``.
 
     J is the derivative of the logits at the base, x an unlabelled input of another task. τJp, Yoshida et al. (ICLR
@@ -46,7 +46,6 @@ class JacobianPenalty(Technique):
     """
 
     name: ClassVar[str] = "jacobian_penalty"
-    touches: ClassVar[frozenset[Touch]] = frozenset({Touch.EXTRA_GRADIENT})
 
     inputs: Sequence[Batches]
     strength: float = 0.1
@@ -55,12 +54,7 @@ class JacobianPenalty(Technique):
     def __post_init__(self) -> None:
         if isinstance(self.inputs, Tensor | Mapping | str) or not len(self.inputs):
             raise OptionError("`inputs` must be a list with batches of each peer, one peer at least.")
-        if not (math.isfinite(self.strength) and self.strength >= 0):
-            raise OptionError(f"`strength` must be a number of at least 0, not {self.strength}.")
-
-    @property
-    def is_off(self) -> bool:
-        return self.strength == 0
+        super().__post_init__()
 
     def begin(self, run: TechniqueRun) -> Running:
         require_whole(self.name, run.weights.values())

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +11,17 @@ from torch import Tensor
 from mergeready.errors import MismatchError, OptionError
 from mergeready.experts.factors import FactoredLayer, KroneckerFactors, open_factors, sum_factors
 from mergeready.training.penalties import kronecker_drift
+from mergeready.training.techniques.penalty import Penalty
 from mergeready.training.techniques.registry import register
 from mergeready.training.techniques.run import TechniqueRun
-from mergeready.training.techniques.technique import Running, Technique, Touch
+from mergeready.training.techniques.technique import Running
 from mergeready.training.techniques.trained import Trained
 from mergeready.training.techniques.whole import require_whole
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class KroneckerPenalty(Technique):
+class KroneckerPenalty(Penalty):
     """A drift penalty that knows where peers are sensitive: ``R = λ Σ tr(B D A Dᵀ)`` over linear layers.
 
     D is the change of a layer's weight and bias, ``B ⊗ A`` the sum of the peers' factors
@@ -46,7 +46,6 @@ class KroneckerPenalty(Technique):
     """
 
     name: ClassVar[str] = "kronecker_penalty"
-    touches: ClassVar[frozenset[Touch]] = frozenset({Touch.EXTRA_GRADIENT})
 
     factors: Sequence[str | Path | KroneckerFactors]
     strength: float = 100.0
@@ -55,12 +54,7 @@ class KroneckerPenalty(Technique):
     def __post_init__(self) -> None:
         if isinstance(self.factors, str | Path | KroneckerFactors) or not self.factors:
             raise OptionError("`factors` must be a list of files of peers' factors, with one at least.")
-        if not (math.isfinite(self.strength) and self.strength >= 0):
-            raise OptionError(f"`strength` must be a number of at least 0, not {self.strength}.")
-
-    @property
-    def is_off(self) -> bool:
-        return self.strength == 0
+        super().__post_init__()
 
     def begin(self, run: TechniqueRun) -> Running:
         opened = [open_factors(given, run.live.base) for given in self.factors]

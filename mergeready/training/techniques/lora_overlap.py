@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,15 +11,16 @@ from mergeready.errors import MismatchError, OptionError, UnsupportedError
 from mergeready.experts.delta import Delta, LowRank, dense
 from mergeready.experts.svd import thin_svd
 from mergeready.training.penalties import overlap
+from mergeready.training.techniques.penalty import Penalty
 from mergeready.training.techniques.registry import register
 from mergeready.training.techniques.run import TechniqueRun
-from mergeready.training.techniques.technique import Running, Technique, Touch
+from mergeready.training.techniques.technique import Running
 from mergeready.training.techniques.trained import Factored, add_to_gradient
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class LoraOverlap(Technique):
+class LoraOverlap(Penalty):
     """Let a LoRA adapter read other inputs than peers' adapters do: ``R = λ Σₜ ‖A Aₜᵀ‖₁`` (O-LoRA).
 
     Aₜ are the peers' own A; of peers that are no adapters, their leading right singular vectors. Wang et al. (arXiv
@@ -38,17 +38,8 @@ class LoraOverlap(Technique):
     """
 
     name: ClassVar[str] = "lora_overlap"
-    touches: ClassVar[frozenset[Touch]] = frozenset({Touch.EXTRA_GRADIENT})
 
     strength: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.strength) and self.strength >= 0):
-            raise OptionError(f"`strength` must be a number of at least 0, not {self.strength}.")
-
-    @property
-    def is_off(self) -> bool:
-        return self.strength == 0
 
     def begin(self, run: TechniqueRun) -> Running:
         if not run.peers:

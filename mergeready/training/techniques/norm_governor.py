@@ -13,9 +13,9 @@ from mergeready.errors import OptionError
 from mergeready.experts.sums import squared_norm
 from mergeready.training.techniques.registry import register
 from mergeready.training.techniques.run import TechniqueRun
-from mergeready.training.techniques.sharpness_aware import copies
 from mergeready.training.techniques.technique import Running, Technique, Touch
 from mergeready.training.techniques.trained import Factored, Trained, Whole
+from mergeready.weights.shards import copies
 
 
 @register

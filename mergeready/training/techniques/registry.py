@@ -1,13 +1,13 @@
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeAlias, TypeVar
 
-from mergeready.errors import OptionError, listing
+from mergeready.errors import OptionError
+from mergeready.registry import Registry
 from mergeready.training.techniques.technique import Technique
 
-_TECHNIQUES: dict[str, type[Technique]] = {}
+_TECHNIQUES: Registry[Technique] = Registry("a technique", "setting")
 _T = TypeVar("_T", bound=type[Technique])
 
 TechniqueLike: TypeAlias = Technique | str | Mapping[str, Mapping[str, Any]]
@@ -16,15 +16,13 @@ TechniqueLike: TypeAlias = Technique | str | Mapping[str, Mapping[str, Any]]
 
 def register(technique: _T) -> _T:
     """Make a technique known under its name. Use as a class decorator."""
-    if technique.name in _TECHNIQUES:
-        raise OptionError(f"a technique named {technique.name!r} exists already.")
-    _TECHNIQUES[technique.name] = technique
+    _TECHNIQUES.add(technique)
     return technique
 
 
 def technique_names() -> list[str]:
     """All registered names, sorted."""
-    return sorted(_TECHNIQUES)
+    return _TECHNIQUES.names()
 
 
 def technique_class(name: str) -> type[Technique]:
@@ -33,9 +31,7 @@ def technique_class(name: str) -> type[Technique]:
     Raises:
         OptionError: If there is none; the message lists all names.
     """
-    if name not in _TECHNIQUES:
-        raise OptionError(f"there is no technique {name!r}; known are {', '.join(technique_names())}.")
-    return _TECHNIQUES[name]
+    return _TECHNIQUES.of(name)
 
 
 def make_technique(given: TechniqueLike) -> Technique:
@@ -54,18 +50,4 @@ def make_technique(given: TechniqueLike) -> Technique:
     if not isinstance(given, Mapping) or len(given) != 1:
         raise OptionError(f"a technique is an object, a name or {{name: settings}}, not {given!r}.")
     [(name, settings)] = given.items()
-    chosen: Any = technique_class(name)
-    known = {field.name: field for field in dataclasses.fields(chosen)}
-    unknown = [key for key in settings or {} if key not in known]
-    if unknown:
-        raise OptionError(f"{name} has no setting {listing(unknown)}; it has {', '.join(known) or 'none'}.")
-    missing = dataclasses.MISSING
-    needed = [
-        key
-        for key, field in known.items()
-        if field.default is missing and field.default_factory is missing and key not in (settings or {})
-    ]
-    if needed:
-        raise OptionError(f"{name} needs {listing(f'`{key}`' for key in needed)}; see its documentation.")
-    made: Technique = chosen(**(settings or {}))
-    return made
+    return _TECHNIQUES.make(name, settings or {})

@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from mergeready.training.techniques.registry import register
 from mergeready.training.techniques.run import TechniqueRun
 from mergeready.training.techniques.technique import Running, Technique, Touch
 from mergeready.weights.module import module_parameters
-from mergeready.weights.shards import is_sharded, local
+from mergeready.weights.shards import copies, local
 
 
 @register
@@ -105,13 +105,3 @@ class _Ascent(Running):
         if sharded:
             self._run.ranks.add([total])
         return math.sqrt(float(total))
-
-
-def copies(parameter: nn.Parameter, ranks: int) -> float:
-    """How many ranks hold each element of a parameter."""
-    if not is_sharded(parameter):
-        return ranks
-    placed = cast("Any", parameter.data)
-    mesh, placements = placed.device_mesh, placed.placements
-    inside: int = math.prod(mesh.size(i) for i, place in enumerate(placements) if place.is_replicate())
-    return float(inside * ranks / mesh.size())

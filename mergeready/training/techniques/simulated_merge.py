@@ -32,8 +32,8 @@ class SimulatedMerge(Technique):
     the last kind, and in whose family MergOPT (ICLR 2026) is. For LoRA, the frozen weight is moved, so the
     layer computes with ``q``.
 
-    Cost: one pass over the trained weights at each simulated step, and a copy of them while it lasts; published: below
-    2 % of the training time at every fourth step.
+    Cost: one pass over the trained weights, and over those of the peers that take part, at each simulated step, and a
+    copy of the weights while it lasts; published, without peers: below 2 % of the training time at every fourth step.
 
     Warning:
         Published gains are 1.1 to 2.2 points over five merge methods. A first reconstruction on text classifiers here
