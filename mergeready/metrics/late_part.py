@@ -123,7 +123,7 @@ def without_late_part(end: TaskVector, pick: TaskVector) -> TaskVector:
     """An expert with the direction of its late part projected out, parameter by parameter; to be merged as usual.
 
     ``τ − (⟨τ, d⟩ / ⟨d, d⟩) d`` with ``d = τ_end − τ_pick``. Where late steps go on in the direction of early ones,
-    some of τ_pick goes, too: compare with merging τ_pick itself. XX
+    some of τ_pick goes, too: compare with merging τ_pick itself.
 
     Raises:
         NonFiniteError: If values are NaN or infinite.

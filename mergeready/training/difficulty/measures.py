@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from mergeready.errors import OptionError, UnsupportedError
 
@@ -87,16 +86,14 @@ def _of_rows(logits: Tensor, labels: Tensor) -> ExampleMeasures:
     counted = labels != IGNORED
     target = labels.where(counted, 0)
     log_probabilities = wide.log_softmax(-1)
-    probabilities = log_probabilities.exp()
     true = log_probabilities.gather(-1, target[:, None])[:, 0]
     missing = torch.full_like(true, torch.nan)
+    # p − y in place: over a vocabulary, each tensor of this size counts.
+    error = log_probabilities.exp_()
+    error.scatter_add_(-1, target[:, None], -torch.ones_like(true)[:, None])
     return ExampleMeasures(
         loss=torch.where(counted, -true, missing),
-        el2n=torch.where(
-            counted,
-            torch.linalg.vector_norm(probabilities - one_hot(target, wide.shape[-1]), dim=-1),
-            missing,
-        ),
+        el2n=torch.where(counted, torch.linalg.vector_norm(error, dim=-1), missing),
         confidence=torch.where(counted, true.exp(), missing),
         correct=(wide.argmax(-1) == target) & counted,
     )

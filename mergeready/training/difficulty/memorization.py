@@ -65,15 +65,13 @@ def forgetting_by_difficulty(
         [(1.0, 1.0, 0.0), (0.5, 0.5, 1.0)]
     """
     before, after = _answers("expert", expert), _answers("merged", merged)
-    hard = np.asarray(difficulty, dtype=np.float64).reshape(-1)
+    hard = _difficulty(difficulty)
     if not len(before) == len(after) == len(hard):
         raise OptionError(
             f"{len(before)}, {len(after)} and {len(hard)} numbers are not of the same examples."
         )
     if not 1 <= groups <= len(hard):
         raise OptionError(f"`groups` must be from 1 to the number of examples, {len(hard)}, not {groups}.")
-    if np.isnan(hard).any():
-        raise OptionError("`difficulty` is NaN for some examples: leave out those that were never seen.")
     parts = np.array_split(np.argsort(hard, kind="stable"), groups)
     return [
         Forgetting(
@@ -119,13 +117,14 @@ def easy_and_hard(difficulty: ArrayLike, share: float = 0.3) -> dict[str, NDArra
     """Positions of the easiest and the hardest examples, a share of all each.
 
     Raises:
-        OptionError: If ``share`` is outside (0, 0.5], or leaves no example.
+        OptionError: If ``share`` is outside (0, 0.5] or leaves no example, or difficulty is NaN.
 
     Example:
         >>> {name: at.tolist() for name, at in easy_and_hard([0.9, 0.1, 0.5, 0.2], share=0.25).items()}
         {'easy': [1], 'hard': [0]}
     """
-    order = np.argsort(np.asarray(difficulty, dtype=np.float64), kind="stable")
+    hard = _difficulty(difficulty)
+    order = np.argsort(hard, kind="stable")
     count = math.floor(share * len(order) + 1e-9)
     if not 0 < share <= 0.5 or not count:
         raise OptionError(f"`share` must be in (0, 0.5] and leave an example of {len(order)}, not {share}.")
@@ -143,21 +142,31 @@ def auc_of_noise(difficulty: ArrayLike, wrong: ArrayLike) -> float:
         wrong: Positions of the mislabelled ones.
 
     Raises:
-        OptionError: If difficulty is NaN somewhere, or all or none are mislabelled.
+        OptionError: If difficulty is NaN somewhere, a position is not there, or all or none are mislabelled.
 
     Example:
         >>> auc_of_noise([0.1, 0.9, 0.2, 0.3], wrong=[1])
         1.0
     """
-    hard = np.asarray(difficulty, dtype=np.float64).reshape(-1)
+    hard = _difficulty(difficulty)
+    places = np.asarray(wrong, dtype=np.int64).reshape(-1)
+    if places.size and not 0 <= places.min() <= places.max() < len(hard):
+        raise OptionError(f"`wrong` goes beyond the {len(hard)} examples.")
     marked = np.zeros(len(hard), dtype=bool)
-    marked[np.asarray(wrong, dtype=np.int64)] = True
+    marked[places] = True
     count = int(marked.sum())
-    if np.isnan(hard).any() or count in (0, len(hard)):
-        raise OptionError("AUC needs a difficulty of every example, and both mislabelled and other ones.")
+    if count in (0, len(hard)):
+        raise OptionError("AUC needs both mislabelled and other examples.")
     _, place, sizes = np.unique(hard, return_inverse=True, return_counts=True)
     ranks = (sizes.cumsum() - (sizes - 1) / 2)[place]
     return float((ranks[marked].sum() - count * (count + 1) / 2) / (count * (len(hard) - count)))
+
+
+def _difficulty(given: ArrayLike) -> NDArray[np.float64]:
+    hard = np.asarray(given, dtype=np.float64).reshape(-1)
+    if np.isnan(hard).any():
+        raise OptionError("`difficulty` is NaN for some examples: leave out those that were never seen.")
+    return hard
 
 
 def _answers(what: str, given: ArrayLike) -> NDArray[np.float64]:

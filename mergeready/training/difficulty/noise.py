@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from mergeready.errors import OptionError
@@ -64,7 +65,7 @@ def with_label_noise(
         seed: Of the draw.
         label: Key, or place in the tuple, of the label; by default ``labels``, ``label`` or ``label_ids``, or the
             second place.
-        classes: How many classes there are; by default as many as occur.
+        classes: How many classes there are; by default one more than the greatest label.
 
     Returns:
         The dataset with noise, and the indices of the wrong labels, in order.
@@ -114,11 +115,8 @@ class _NoisyDataset(Dataset[Any]):
         example = self._dataset[index]
         old = example[self._key]
         # In the label's own type, so that collators make of it what they made before.
-        new = (
-            type(old)(int(self._labels[index]))
-            if isinstance(old, int)
-            else old.new_tensor(self._labels[index])
-        )
+        label = int(self._labels[index])
+        new = old.new_tensor(label) if isinstance(old, Tensor) else type(old)(label)
         if isinstance(example, Mapping):
             return {**example, self._key: new}
         parts = list(example)

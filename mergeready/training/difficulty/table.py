@@ -62,8 +62,19 @@ class DifficultyTable:
         confidence: NDArray[np.float64],
         correct: NDArray[np.bool_],
     ) -> DifficultyTable:
-        """A table of examples that were each seen once, at step 0."""
+        """A table of examples that were each seen once, at step 0, in any order.
+
+        Raises:
+            OptionError: If an id occurs twice, or columns differ in length.
+        """
         known = np.asarray(ids, dtype=np.int64)
+        order = np.argsort(known)
+        if any(len(column) != len(known) for column in (loss, el2n, confidence, correct)):
+            raise OptionError(f"a column does not have one number for each of {len(known)} ids.")
+        if (np.diff(known[order]) == 0).any():
+            raise OptionError("an id occurs twice: an example has one row.")
+        known, correct = known[order], correct[order]
+        loss, el2n, confidence = (column[order] for column in (loss, el2n, confidence))
         zeros = np.zeros(len(known), dtype=np.int64)
         return cls(
             id=known,
@@ -143,13 +154,21 @@ class DifficultyTable:
         missing = [name for name in _COLUMNS if name not in found]
         if missing:
             raise FormatError(f"{path} is no table of difficulties: it has no column {', '.join(missing)}.")
-        columns: dict[str, Any] = {
-            name: np.array(found[name], dtype=np.int64)
-            if name in _WHOLE
-            else np.array([math.nan if value is None else value for value in found[name]], dtype=np.float64)
-            for name in _COLUMNS
-        }
+        try:
+            columns = {name: _values(name, found[name]) for name in _COLUMNS}
+        except (TypeError, ValueError, OverflowError) as error:
+            raise FormatError(f"{path} holds columns that are no lists of numbers ({error}).") from error
+        if len({column.shape for column in columns.values()}) > 1 or (np.diff(columns["id"]) <= 0).any():
+            raise FormatError(
+                f"{path} is no table of difficulties: its rows are not one an id, in order of ids."
+            )
         return cls(**columns)
+
+
+def _values(name: str, column: list[Any]) -> NDArray[Any]:
+    if name in _WHOLE:
+        return np.array(column, dtype=np.int64)
+    return np.array([math.nan if value is None else value for value in column], dtype=np.float64)
 
 
 _COLUMNS = tuple(field.name for field in fields(DifficultyTable))

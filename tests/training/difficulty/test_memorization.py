@@ -81,5 +81,10 @@ def test_arguments_are_checked() -> None:
         accuracy_by_subset([1, 0], {"none": [], "good": [0], "far": [2]})
     with pytest.raises(OptionError, match=r"`share` must be in \(0, 0.5\]"):
         easy_and_hard([1.0, 2.0], 0.6)
-    with pytest.raises(OptionError, match="both mislabelled and other ones"):
+    with pytest.raises(OptionError, match="NaN for some examples"):
+        easy_and_hard([1.0, float("nan"), 2.0, 3.0])
+    with pytest.raises(OptionError, match="both mislabelled and other examples"):
         auc_of_noise([1.0, 2.0], [0, 1])
+    for wrong in (-1, 2):
+        with pytest.raises(OptionError, match="`wrong` goes beyond the 2 examples"):
+            auc_of_noise([1.0, 2.0], [wrong])

@@ -35,7 +35,7 @@ def test_each_other_class_is_as_likely() -> None:
     assert np.abs(counts[[0, 2, 3]] - 10_000).max() < 400  # five standard deviations
 
 
-@pytest.mark.parametrize("kind", ["datasets", "mappings", "tuples", "tensors"])
+@pytest.mark.parametrize("kind", ["datasets", "mappings", "tuples", "tensors", "arrays"])
 def test_every_kind_of_dataset(kind: str) -> None:
     labels = [i % 3 for i in range(30)]
     data = {
@@ -45,8 +45,9 @@ def test_every_kind_of_dataset(kind: str) -> None:
         "tensors": lambda: [
             {"text": str(i), "labels": torch.tensor(label)} for i, label in enumerate(labels)
         ],
+        "arrays": lambda: list(zip(map(str, range(30)), np.array(labels), strict=True)),
     }[kind]()
-    key = {"tuples": 1, "tensors": "labels"}.get(kind, "label")
+    key = {"tuples": 1, "arrays": 1, "tensors": "labels"}.get(kind, "label")
     noisy, wrong = with_label_noise(data, 0.2, seed=3)
     assert isinstance(noisy, Dataset) == (kind == "datasets")
     changed = [i for i in range(30) if int(noisy[i][key]) != labels[i]]
@@ -54,7 +55,7 @@ def test_every_kind_of_dataset(kind: str) -> None:
     assert len(changed) == 6
     assert type(noisy[0][key]) is type(data[0][key])
     assert [int(data[i][key]) for i in range(30)] == labels, "the given dataset changed"
-    assert noisy[4][0 if kind == "tuples" else "text"] == "4"
+    assert noisy[4]["text" if isinstance(data[0], dict) else 0] == "4"
 
 
 def test_a_dataset_of_tensors_keeps_its_other_fields() -> None:
