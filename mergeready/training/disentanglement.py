@@ -12,7 +12,15 @@ from mergeready.experts.base import Base
 from mergeready.experts.open import ExpertLike, open_experts
 from mergeready.merging.evaluation import Score
 from mergeready.merging.in_place import MergedInPlace
-from mergeready.training.batches import Batches, Forward, forward_logits, on_device_of, one_each
+from mergeready.training.batches import (
+    Batches,
+    Forward,
+    forward_logits,
+    on_device_of,
+    one_each,
+    positions,
+    require_repeatable,
+)
 from mergeready.training.bootstrap import estimate
 from mergeready.training.records import Estimate
 from mergeready.weights.open import WeightsLike
@@ -42,9 +50,10 @@ def disentanglement_error(
 ) -> Disentanglement:
     """How much experts change each other's decisions when their task vectors are added: ξ(α₁ … α_T).
 
-    ``ξ = Σᵢ E_{x ~ task i} 1[f(x; θ₀ + αᵢ τᵢ) ≠ f(x; θ₀ + Σⱼ αⱼ τⱼ)]``, where f is the decided class. 0 where weights
-    are disentangled: each task vector acts on its own task's inputs only. Ortiz-Jimenez et al., "Task Arithmetic in
-    the Tangent Space" (arXiv 2305.12827), equation 3. It needs inputs, but no labels.
+    ``ξ = Σᵢ E_{x ~ task i} 1[f(x; θ₀ + αᵢ τᵢ) ≠ f(x; θ₀ + Σⱼ αⱼ τⱼ)]``, where f is the decided class; of sequences the
+    mean over positions that are not padding. 0 where weights are disentangled: each task vector acts on its own task's
+    inputs only. Ortiz-Jimenez et al., "Task Arithmetic in the Tangent Space" (arXiv 2305.12827), equation 3. It needs
+    inputs, but no labels.
 
     *Evidence*: its authors show it as maps over (α₁, α₂), where it is lower for linearised fine-tuning, which merges
     better; no published correlation. *Cost*: two forward passes over each task's inputs and two merges a task.
@@ -53,13 +62,13 @@ def disentanglement_error(
         model: The base, or a model fine-tuned from it; its weights are put back bit for bit.
         base: The base.
         experts: The experts, at least two.
-        inputs: Batches of each expert's task.
+        inputs: Batches of each expert's task, the same in the same order each time, as they are gone through twice.
         scales: α of each; 1 by default.
         forward: Gives logits, one for all or one a task, such as with a task's own head; by default
             ``model(**batch).logits``, or ``model(batch[0])`` for tuples.
 
     Raises:
-        OptionError: If numbers of experts, inputs and scales differ, or there are no inputs.
+        OptionError: If numbers of experts, inputs and scales differ, or inputs are none or can be read once only.
         MergeReadyError: If experts do not fit.
 
     Example:
@@ -77,6 +86,8 @@ def disentanglement_error(
             f"ξ needs at least two experts, with inputs and a scale each, not {len(experts)} experts, {len(inputs)} "
             f"inputs and {len(factors)} scales."
         )
+    for batches in inputs:
+        require_repeatable(batches)
     opened = Base.open(base)
     vectors = open_experts(experts, opened, strict=False)
     forwards = one_each(forward, forward_logits, len(inputs))
@@ -105,5 +116,7 @@ def _decisions(
     settings: dict[str, Any] = {"weights": list(weights), "include_model": False}
     with MergedInPlace(model, base, experts, "task_arithmetic", **settings):
         model.eval()
-        found = [forward(model, batch).argmax(-1).cpu() for batch in on_device_of(model, inputs)]
-    return torch.cat([one.reshape(-1) for one in found])
+        found = [
+            positions(forward(model, batch), batch).argmax(-1).cpu() for batch in on_device_of(model, inputs)
+        ]
+    return torch.cat(found)

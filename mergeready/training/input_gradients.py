@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from mergeready.errors import OptionError
+from mergeready.weights.guard import untouched
 from mergeready.weights.module import unwrap
 
 InputLoss: TypeAlias = Callable[[nn.Module, Tensor], Tensor]
@@ -60,16 +61,11 @@ def input_gradient_distance(
 def _gradients(model: nn.Module, loss: InputLoss, inputs: Tensor) -> Tensor:
     """∇ₓ of the loss for each input, float64, (inputs, elements)."""
     inner = unwrap(model)
-    modes: dict[Any, bool] = {module: module.training for module in inner.modules()}
-    inner.eval()
-    try:
-        with torch.enable_grad():
-            x = inputs.detach().clone().requires_grad_()
-            value = loss(model, x)
-            gradient = torch.autograd.grad(value, x, allow_unused=True)[0] if value.requires_grad else None
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with untouched(inner, {}), torch.enable_grad():
+        inner.eval()
+        x = inputs.detach().clone().requires_grad_()
+        value = loss(model, x)
+        gradient = torch.autograd.grad(value, x, allow_unused=True)[0] if value.requires_grad else None
     if gradient is None:
         raise OptionError(f"the loss of {type(inner).__name__} does not depend on the inputs it was given.")
     found: Tensor = gradient.flatten(1).double().cpu()

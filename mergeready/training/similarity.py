@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mergeready.errors import OptionError, listing
 from mergeready.training.batches import Batches, call, mask_of, on_device_of
+from mergeready.weights.guard import untouched
 from mergeready.weights.module import unwrap
 
 
@@ -96,7 +97,8 @@ def representation_similarity(
             tuples.
 
     Raises:
-        OptionError: If a model has no such layer, all are listed; or there are no batches.
+        OptionError: If a model has no such layer, all are listed; one does not run, or its output is no tensor; or
+            there are no batches.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.Tanh())
@@ -111,19 +113,13 @@ def representation_similarity(
             f"there are no layers {listing(dict.fromkeys(missing))}; see `model.named_modules()`."
         )
     sums = {name: LinearCka() for name in layers}
-    modes = [{module: module.training for module in model.modules()} for model in models]
-    for model in models:
-        model.eval()
-    try:
-        with torch.no_grad():
-            for batch in on_device_of(models[0], batches):
-                outputs = [_outputs(model, batch, layers, forward or call) for model in models]
-                for name, total in sums.items():
-                    total.update(*(_kept(found[name], batch) for found in outputs))
-    finally:
-        for known in modes:
-            for module, mode in known.items():
-                module.training = mode
+    with untouched(models[0], {}), untouched(models[1], {}), torch.no_grad():
+        for model in models:
+            model.eval()
+        for batch in on_device_of(models[0], batches):
+            outputs = [_outputs(model, batch, layers, forward or call) for model in models]
+            for name, total in sums.items():
+                total.update(*(_kept(found[name], batch) for found in outputs))
     return {name: total.result() for name, total in sums.items()}
 
 
@@ -145,6 +141,12 @@ def _outputs(
     finally:
         for handle in handles:
             handle.remove()
+    mute = [name for name in layers if not isinstance(found.get(name), Tensor)]
+    if mute:
+        raise OptionError(
+            f"{listing(mute)} of {type(model).__name__} did not run, or give something else than a tensor: name other "
+            "layers."
+        )
     return found
 
 

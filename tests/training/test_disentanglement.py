@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mergeready.errors import OptionError
 from mergeready.training.disentanglement import disentanglement_error
+from tests.models import perturb, tiny_llama, token_batch
 from tests.training.small import Net, equal, examples, expert, state_of
 
 
@@ -77,8 +78,23 @@ def test_equals_counting_decisions() -> None:
     assert len(found.tasks) == 3
 
 
+def test_padding_decides_nothing() -> None:
+    base, experts = tiny_llama(), [perturb(tiny_llama(), seed, 0.1) for seed in (1, 2)]
+    batch = token_batch(count=4)
+    batch["attention_mask"][:, 8:] = 0
+    other = {**batch, "input_ids": batch["input_ids"].clone()}
+    other["input_ids"][:, 8:] = 7
+    found = disentanglement_error(tiny_llama(), base, experts, [[batch], [batch]])
+    again = disentanglement_error(tiny_llama(), base, experts, [[other], [other]])
+    assert 0 < found.error == again.error
+    assert all(task.n == 4 * 8 for task in found.tasks.values())
+
+
 def test_arguments_are_checked() -> None:
     with pytest.raises(OptionError, match="at least two experts, with inputs and a scale each, not 1"):
         disentanglement_error(Net(), Net(), [expert(1)], [[examples(1, 0, 3)[0]]])
+    once = [iter([examples(1, 0, 3)[0]]) for _ in range(2)]
+    with pytest.raises(OptionError, match="needed more than once"):
+        disentanglement_error(Net(), Net(), [expert(1), expert(2)], once)
     with pytest.raises(OptionError, match="2 experts, 1 inputs and 2 scales"):
         disentanglement_error(Net(), Net(), [expert(1), expert(2)], [[examples(1, 0, 3)[0]]])

@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
+from torch.utils.data import DataLoader
 
 from mergeready.errors import OptionError
 from mergeready.training.similarity import LinearCka, representation_similarity
@@ -90,6 +92,30 @@ def test_padding_does_not_count() -> None:
     a = representation_similarity(first, second, [batch], layer)
     b = representation_similarity(first, second, [other], layer)
     assert a[layer[0]] == pytest.approx(b[layer[0]], rel=1e-6)
+
+
+def test_a_layer_that_says_nothing_is_named() -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(2, 3), nn.Linear(2, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x)
+
+    with pytest.raises(OptionError, match="unused of Half did not run"):
+        representation_similarity(Half(), Half(), [torch.ones(3, 2)], ["used", "unused"])
+    with pytest.raises(OptionError, match=r"encoder of BertModel .* something else than a tensor"):
+        representation_similarity(tiny_encoder(), tiny_encoder(), [token_batch()], ["encoder"])
+
+
+def test_reading_a_loader_leaves_the_random_state_alone() -> None:
+    loader = DataLoader(torch.randn(8, 6), batch_size=4, shuffle=True)
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    representation_similarity(Net(), Net(), loader, ["head"])
+    assert torch.equal(torch.rand(2), expected)
 
 
 def test_arguments_are_checked() -> None:

@@ -21,6 +21,7 @@ from mergeready.training.batches import (
     forward_logits,
     labels_of,
 )
+from mergeready.weights.guard import untouched
 from mergeready.weights.module import unwrap
 
 HARDEST = 0.1
@@ -149,13 +150,9 @@ def gradient_norms(
     def of_one(weights: dict[str, Tensor], example: Any) -> Tensor:
         return value(_Called(inner, weights, fixed), example).float().sum()
 
-    modes = {module: module.training for module in inner.modules()}
-    inner.eval()
-    try:
+    with untouched(inner, {}):
+        inner.eval()
         norms = [_norm(grad(of_one)(chosen, example)) for example in examples_of(batch)]
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     return torch.stack(norms)
 
 
