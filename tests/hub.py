@@ -15,6 +15,7 @@ import pytest
 from huggingface_hub import constants
 
 COMMIT = "c0ffee" + "0" * 34
+"""What every answer to a commit says."""
 
 
 class Hub:
@@ -24,7 +25,10 @@ class Hub:
         files: Contents by path in the repository.
         tokens: Authorization headers of all requests.
         commits: Summaries of the commits.
+        parents: What each commit said it changes.
+        made: Whether the repository was made.
         refuse: Status with which commits are answered, if not 200.
+        hide: Status with which files are answered, if not 200.
     """
 
     def __init__(self) -> None:
@@ -32,13 +36,21 @@ class Hub:
         self.tokens: set[str] = set()
         self.commits: list[str] = []
         self.large: dict[str, bytes] = {}
-        self.refuse = 0
+        self.parents: list[str | None] = []
+        self.made = False
+        self.refuse = self.hide = 0
+
+    @property
+    def sha(self) -> str:
+        """The repository's latest commit: another one for other contents."""
+        return hashlib.sha1(repr(sorted(self.files.items())).encode()).hexdigest()
 
     def commit(self, lines: list[dict[str, Any]]) -> None:
         for line in lines:
             value = line["value"]
             if line["key"] == "header":
                 self.commits.append(value["summary"])
+                self.parents.append(value.get("parentCommit"))
             elif line["key"] == "file":
                 assert value["encoding"] == "base64"
                 self.files[value["path"]] = base64.b64decode(value["content"])
@@ -58,7 +70,11 @@ def serving(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         def answer(self, content: Any = None, status: int = 200, **headers: str) -> None:
             data = content if isinstance(content, bytes) else json.dumps(content or {}).encode()
             self.send_response(status)
-            for name, value in {"Content-Length": str(len(data)), "X-Repo-Commit": COMMIT, **headers}.items():
+            for name, value in {
+                "Content-Length": str(len(data)),
+                "X-Repo-Commit": hub.sha,
+                **headers,
+            }.items():
                 self.send_header(name.replace("_", "-"), value)
             self.end_headers()
             if self.command != "HEAD":
@@ -71,7 +87,7 @@ def serving(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         def do_POST(self) -> None:
             data = self.body()
             if self.path == "/api/repos/create":
-                name = json.loads(data)
+                name, hub.made = json.loads(data), True
                 full = f"{name.get('organization') or 'me'}/{name['name']}"
                 self.answer({"url": f"{url}/{full}", "name": full, "id": full})
             elif self.path == "/api/validate-yaml":
@@ -116,18 +132,31 @@ def serving(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
         def do_GET(self) -> None:
             self.body()
-            before, resolves, path = self.path.partition("/resolve/main/")
+            before, resolves, rest = self.path.partition("/resolve/")
+            revision, _, path = rest.partition("/")
             if self.path == "/api/whoami-v2":
                 self.answer(
                     {"name": "me", "type": "user", "auth": {"accessToken": {"role": "write"}}, "orgs": []}
                 )
-            elif resolves and path in hub.files:
+            elif resolves and hub.hide:
+                self.answer({}, hub.hide)
+            elif resolves and path in hub.files and revision in ("main", hub.sha):
                 self.answer(hub.files[path], ETag=f'"{hashlib.sha1(hub.files[path]).hexdigest()}"')
             elif resolves:
                 self.answer({}, 404, X_Error_Code="EntryNotFound")
+            elif self.path.startswith("/api/models/") and not hub.made:
+                self.answer({}, 404, X_Error_Code="RepoNotFound")
             elif self.path.startswith("/api/models/"):
                 name = before.removeprefix("/api/models/").partition("/revision")[0]
-                self.answer({"id": name, "sha": COMMIT, "siblings": [], "private": False, "tags": []})
+                self.answer(
+                    {
+                        "id": name,
+                        "sha": hub.sha,
+                        "private": False,
+                        "tags": [],
+                        "siblings": [{"rfilename": path} for path in hub.files],
+                    }
+                )
             else:
                 self.answer({"error": self.path}, 404)
 

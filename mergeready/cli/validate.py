@@ -67,7 +67,7 @@ def validate(
     from mergeready.validation.card import write_card
     from mergeready.validation.page import write_page
     from mergeready.validation.push import push_report
-    from mergeready.validation.share import fingerprint_of, finite
+    from mergeready.validation.share import fingerprint_of
     from mergeready.weights.atomic import new_file
     from mergeready.weights.open import resolve_folder
 
@@ -80,7 +80,7 @@ def validate(
             write_page(output, report, None if history is None else read_history(history))
         elif output is not None:
             with new_file(output) as temporary:
-                temporary.write_text(json.dumps(finite(report.to_json()), indent=2) + "\n", encoding="utf-8")
+                temporary.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
         if card:
             write_card(expert, report, base=base)
         if push is not None:

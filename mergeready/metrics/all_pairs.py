@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations_with_replacement
@@ -19,6 +18,7 @@ from mergeready.experts.base import Base
 from mergeready.experts.fingerprint import Fingerprint
 from mergeready.metrics.compare import Pairs
 from mergeready.metrics.sampled_block import Layout, Sampled, SampledBlock, open_sampled
+from mergeready.weights.json_file import finite
 from mergeready.weights.ranks import Ranks
 
 ROWS = 256
@@ -52,7 +52,7 @@ class EstimatedComparison:
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready; numbers that are not known become null."""
-        return {name: _known(value) for name, value in asdict(self).items()}
+        return {name: finite(value) for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -255,12 +255,6 @@ def _sums(
             sums["x3y"].addmm_(x**3, y.T)
             sums["xy3"].addmm_(x, (y**3).T)
     return sums
-
-
-def _known(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_known(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _pieces(start: int, stop: int) -> Iterator[tuple[int, int]]:

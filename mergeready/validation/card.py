@@ -10,13 +10,16 @@ from typing import Any
 from mergeready.errors import MergeReadyError, OptionError
 from mergeready.experts.base import Base
 from mergeready.experts.record import read_record
+from mergeready.merging.provenance import is_hub_id
 from mergeready.validation.check import Status, Verdict
 from mergeready.validation.public import without_paths
 from mergeready.validation.report import SCHEMA, Report
-from mergeready.weights.model_card import split_card, update_card
+from mergeready.weights.model_card import read_card, split_card, update_card
 from mergeready.weights.open import WeightsLike
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+"""What hub ids look like. Whether a name is one or a path of this machine is told by ``is_hub_id``."""
+
 _SIGNS: Mapping[Status, str] = {"passed": "✓", "failed": "✗", "not checked": "–"}
 
 
@@ -49,7 +52,7 @@ def write_card(
     for name, value in (("base_model", base_model), ("dataset", dataset)):
         if value is not None and not HUB_ID.fullmatch(value):
             raise OptionError(f"`{name}` must be a hub id such as org/name, not {value!r}.")
-    known = _known_fields(folder)
+    known = split_card(read_card(folder))[0]
     fields: dict[str, Any] = {"tags": ["mergeready"]}
     chosen = base_model or (None if known.get("base_model") else _declared(folder))
     if chosen is not None:
@@ -132,11 +135,6 @@ def _result(dataset: str, kind: str, name: str, verdict: Verdict) -> dict[str, A
     }
 
 
-def _known_fields(folder: Path) -> Mapping[str, Any]:
-    path = folder / "README.md"
-    return split_card(path.read_text(encoding="utf-8"))[0] if path.is_file() else {}
-
-
 def _declared(folder: Path) -> str | None:
     from mergeready.experts.adapter_folder import read_adapter_config
 
@@ -146,7 +144,7 @@ def _declared(folder: Path) -> str | None:
         name = read_adapter_config(folder).base_name
     except MergeReadyError:  # the report says what is wrong with it
         return None
-    return name if name and HUB_ID.fullmatch(name) and not Path(name).exists() else None
+    return name if name and is_hub_id(name) else None
 
 
 def _cell(text: str) -> str:

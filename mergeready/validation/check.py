@@ -38,6 +38,7 @@ class Result:
         value: The figure that counts, if there is one.
         threshold: What it was compared with.
         where: Names of the offending tensors, modules or files.
+        fix: What to do about this one, where the check's own words do not fit.
     """
 
     passed: bool
@@ -45,6 +46,7 @@ class Result:
     value: float | None = None
     threshold: float | None = None
     where: tuple[str, ...] = ()
+    fix: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,10 +128,15 @@ def passed(message: str, *, value: float | None = None, threshold: float | None 
 
 
 def failed(
-    message: str, *, where: tuple[str, ...] = (), value: float | None = None, threshold: float | None = None
+    message: str,
+    *,
+    where: tuple[str, ...] = (),
+    value: float | None = None,
+    threshold: float | None = None,
+    fix: str | None = None,
 ) -> Result:
     """Something is wrong."""
-    return Result(passed=False, message=message, where=where, value=value, threshold=threshold)
+    return Result(passed=False, message=message, where=where, value=value, threshold=threshold, fix=fix)
 
 
 def compared(

@@ -34,7 +34,7 @@ def interference(subject: Subject, limits: Limits) -> Result:
     pairs = zip(found.labels[1:], found.cosine[0][1:], found.sign_conflict[0][1:], strict=True)
     rows = [(label, cosine, conflict) for label, cosine, conflict in pairs]
     shown = listing([f"{label}: cosine {c:.2f}, sign conflict {s:.2f}" for label, c, s in rows])
-    opposed = [label for label, cosine, _ in rows if cosine < limits["cosine"]]
+    opposed = [label for label, cosine, _ in rows if not cosine >= limits["cosine"]]
     worst = min(cosine for _, cosine, _ in rows)
     return compared(not opposed, shown, where=tuple(opposed), value=worst, threshold=limits["cosine"])
 

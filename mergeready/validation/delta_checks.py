@@ -34,8 +34,12 @@ def differs(subject: Subject, limits: Limits) -> Result:
     """‖τ‖ > 0, and finite."""
     try:
         squares = subject.squares
-    except (NonFiniteError, NotTrainedError) as error:
+    except NotTrainedError as error:
         return failed(str(error))
+    except NonFiniteError as error:
+        return failed(
+            str(error), fix="Share a checkpoint from before its training diverged, or save this one again."
+        )
     changed = sum(value > 0 for value in squares.values())
     if not changed:
         return failed("every parameter equals the base's", value=0)

@@ -9,7 +9,7 @@ from typing import Any
 
 from mergeready.errors import listing
 from mergeready.experts.fingerprint import Fingerprint, is_fingerprint
-from mergeready.experts.open import ExpertLike
+from mergeready.experts.open import Expert, ExpertLike
 from mergeready.validation.card_checks import card_fields
 from mergeready.validation.check import Limits, NotCheckedError, Result, check, failed, passed
 from mergeready.validation.subject import Subject
@@ -92,5 +92,7 @@ def _declared(folder: Path) -> str | None:
 
 
 def _peer_licence(peer: ExpertLike | Fingerprint) -> str | None:
+    if isinstance(peer, Expert):
+        return None if peer.folder is None else _declared(peer.folder)
     is_folder = isinstance(peer, str | Path) and not is_fingerprint(peer) and Path(peer).is_dir()
     return _declared(Path(str(peer))) if is_folder else None

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from mergeready.errors import OptionError, listing
+from mergeready.merging.provenance import public_name
 from mergeready.validation.report import Report
 
 _LOCAL_PATH = re.compile(r"(?<![\w:.])(?:/|~/|[A-Za-z]:\\)[^\s,;:)\"']+")
@@ -30,17 +30,6 @@ def without_paths(text: str) -> str:
     'no card in …, 3 of 4 tensors'
     """
     return _LOCAL_PATH.sub("…", text)
-
-
-def public_name(label: str) -> str:
-    """How others know an expert: a hub id as it is, of a local path its last part.
-
-    >>> public_name("/home/me/law/"), public_name("org/law")
-    ('law', 'org/law')
-    """
-    short = label.rstrip("/").rpartition("/")[2]
-    is_local = label.startswith(("/", "~", ".", "\\")) or label.count("/") != 1 or Path(label).exists()
-    return short if is_local else label
 
 
 def public_report(report: Report, name: str | None = None) -> Report:

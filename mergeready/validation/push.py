@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     HfHubHTTPError,
     HFValidationError,
+    LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -30,6 +31,7 @@ from mergeready.weights.safetensors_file import SafetensorsFile
 # The library's releases use different HTTP libraries, whose own errors its errors derive from.
 _REFUSALS: tuple[type[Exception], ...] = (
     HFValidationError,
+    LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     *(k for k in HfHubHTTPError.__mro__ if k.__name__ == "HTTPError" and issubclass(k, Exception)),
@@ -84,30 +86,42 @@ def push_report(
     try:
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place)
-            api.create_repo(repository, private=private, exist_ok=True)
-            card = _card(api, repository, Path(expert))
-            if card is not None:
-                (folder / CARD_NAME).write_text(card, encoding="utf-8")
+            known = _known(api, repository)
+            card = _card(api, repository, known) or Path(expert) / CARD_NAME
+            if card.is_file():
+                shutil.copyfile(card, folder / CARD_NAME)
             files = write_shared(
                 folder, public_report(report, repository), fingerprint,
                 base=base, base_model=base_model, dataset=dataset, history=history,
             )  # fmt: skip
             require_public({path.name: _text(path) for path in files})
             operations = [CommitOperationAdd(path.name, path) for path in files]
-            message = "Composability: report and fingerprint by mergeready"
-            return str(api.create_commit(repository, operations, commit_message=message).commit_url)
+            if known is None:
+                api.create_repo(repository, private=private, exist_ok=True)
+            made = api.create_commit(
+                repository,
+                operations,
+                commit_message="Composability: report and fingerprint by mergeready",
+                parent_commit=None if known is None else known.sha,
+            )
+            return str(made.commit_url)
     except _REFUSALS as error:
         raise UploadError(f"{repository} could not be written: {_without(token, str(error))}") from None
 
 
-def _card(api: HfApi, repository: str, expert: Path) -> str | None:
-    """The card that is on the hub, else the expert's own."""
+def _known(api: HfApi, repository: str) -> ModelInfo | None:
+    """The repository as it is now; None where there is none."""
     try:
-        found = api.hf_hub_download(repository, CARD_NAME)
-        return Path(found).read_text(encoding="utf-8")
-    except (EntryNotFoundError, RepositoryNotFoundError):
-        own = expert / CARD_NAME
-        return own.read_text(encoding="utf-8") if own.is_file() else None
+        return api.model_info(repository)
+    except RepositoryNotFoundError:
+        return None
+
+
+def _card(api: HfApi, repository: str, known: ModelInfo | None) -> Path | None:
+    """The card of exactly that commit: an older one, from the cache, would undo what others wrote since."""
+    if known is None or not any(file.rfilename == CARD_NAME for file in known.siblings or ()):
+        return None
+    return Path(api.hf_hub_download(repository, CARD_NAME, revision=known.sha))
 
 
 def _text(path: Path) -> str:

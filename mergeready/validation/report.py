@@ -8,6 +8,7 @@ from typing import Any
 
 from mergeready.metrics.all_pairs import EstimatedComparison
 from mergeready.validation.check import LEVELS, SEVERITIES, Level, Severity, Verdict
+from mergeready.weights.json_file import finite
 
 SCHEMA = 1
 
@@ -62,14 +63,14 @@ class Report:
         return "Merge-ready: every level was checked." if self.is_merge_ready else "Not merge-ready."
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """JSON-ready; numbers that are not finite become null."""
         return {
             "schema": SCHEMA,
             "expert": self.expert,
             "level": self.level,
             "merge_ready": self.is_merge_ready,
             "levels_checked": self.levels_checked,
-            "verdicts": [verdict.to_json() for verdict in self.verdicts],
-            "facts": dict(self.facts),
+            "verdicts": [finite(verdict.to_json()) for verdict in self.verdicts],
+            "facts": finite(self.facts),
             "pairs": None if self.pairs is None else self.pairs.to_json(),
         }

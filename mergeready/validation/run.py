@@ -82,7 +82,7 @@ def run_check(chosen: Check, subject: Subject, limits: Limits) -> Verdict:
         **about,
         status="passed" if found.passed else "failed",
         message=found.message,
-        fix="" if found.passed else chosen.fix,
+        fix="" if found.passed else found.fix or chosen.fix,
         value=found.value,
         threshold=found.threshold,
         where=found.where,

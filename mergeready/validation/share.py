@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
-import math
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from mergeready.errors import MergeReadyError
 from mergeready.experts.base import Base
-from mergeready.experts.fingerprint import SUFFIX, Fingerprint
-from mergeready.experts.open import open_expert
+from mergeready.experts.fingerprint import SUFFIX, Fingerprint, is_fingerprint, open_fingerprint
+from mergeready.experts.open import ExpertLike, open_expert
+from mergeready.merging.provenance import is_hub_id, public_name
 from mergeready.metrics.take_fingerprint import take_fingerprint
 from mergeready.training.finish import FinishedRun
 from mergeready.training.history import History
 from mergeready.training.options import MonitorOptions, with_defaults
-from mergeready.training.peers import Peer
-from mergeready.validation.card import HUB_ID, write_card
+from mergeready.training.peers import Peer, PeerLike
+from mergeready.validation.card import write_card
 from mergeready.validation.page import write_page
 from mergeready.validation.public import public_report
 from mergeready.validation.report import Report
@@ -38,14 +37,25 @@ def share_run(run: FinishedRun) -> None:
     be validated is logged, with the reason, and does not end a run that has succeeded.
     """
     name = run.folder.resolve().parent.name if run.folder.name == "mergeready" else run.folder.name
-    peers = [peer.expert if isinstance(peer, Peer) else peer for peer in run.peers]
     for folder in dict.fromkeys(run.picks.values()):
         try:
+            peers = [_named(peer, run.base) for peer in run.peers]
             report = validate(folder, run.base, peers=peers)
             made = fingerprint_of(folder, run.base, f"{name}-{folder.name}")
             write_shared(folder, public_report(report, made.label), made, base=run.base, history=run.history)
         except (MergeReadyError, OSError) as error:
             logger.warning("no report on the picked %s: %s", folder, error)
+
+
+def _named(peer: PeerLike, base: Base) -> ExpertLike | Fingerprint:
+    """A peer as validation takes it, under the name that the run gave it."""
+    if not isinstance(peer, Peer):
+        return peer
+    if peer.name is None:
+        return peer.expert
+    if isinstance(peer.expert, Fingerprint) or is_fingerprint(peer.expert):
+        return replace(open_fingerprint(peer.expert, base), label=public_name(peer.name))
+    return replace(open_expert(peer.expert, base, strict=False), label=public_name(peer.name))
 
 
 def with_sharing(options: MonitorOptions) -> MonitorOptions:
@@ -85,28 +95,14 @@ def write_shared(
         history: Its training run, for the page's curves.
     """
     opened = None if base is None else Base.open(base)
-    known = None if opened is None or opened.name is None else opened.name
-    if base_model is None and known and HUB_ID.fullmatch(known) and not Path(known).exists():
-        base_model = known
+    if base_model is None and opened is not None and opened.name is not None and is_hub_id(opened.name):
+        base_model = opened.name
     page, data = folder / f"{REPORT_NAME}.html", folder / f"{REPORT_NAME}.json"
     write_page(page, report, history)
     with new_file(data) as temporary:
-        text = json.dumps(finite(report.to_json()), indent=2, allow_nan=False)
+        text = json.dumps(report.to_json(), indent=2, allow_nan=False)
         temporary.write_text(text + "\n", encoding="utf-8")
     files = [page, data]
     if fingerprint is not None:
         files.append(fingerprint.save(folder / f"{fingerprint.label.replace('/', '--')}{SUFFIX}"))
     return [*files, write_card(folder, report, base_model=base_model, base=opened, dataset=dataset)]
-
-
-def finite(value: Any) -> Any:
-    """Plain data with null where a number is not finite, which JSON cannot hold.
-
-    >>> finite({"a": [1.0, float("nan")]})
-    {'a': [1.0, None]}
-    """
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

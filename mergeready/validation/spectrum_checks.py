@@ -124,6 +124,8 @@ def _sample(subject: Subject) -> list[str]:
         and infos[name].numel <= _LARGEST
     ]
     if not names:
-        raise NotCheckedError(f"no changed matrix of {_SMALLEST} to 2²⁶ elements a side and in all")
+        raise NotCheckedError(
+            f"no changed matrix has {_SMALLEST} rows and columns or more, and {_LARGEST:,} elements or fewer"
+        )
     count = min(SAMPLED, len(names))
     return [names[round(i * (len(names) - 1) / max(count - 1, 1))] for i in range(count)]

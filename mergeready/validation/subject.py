@@ -30,6 +30,7 @@ from mergeready.merging.evaluation import (
     take_score,
 )
 from mergeready.merging.in_place import MergedInPlace
+from mergeready.merging.provenance import public_name
 from mergeready.merging.tune import TunedScale
 from mergeready.metrics.all_pairs import EstimatedComparison, compare_fingerprints
 from mergeready.metrics.take_fingerprint import take_fingerprint
@@ -158,14 +159,14 @@ class Subject:
         """The expert, first, beside its peers, from fingerprints of all of them."""
         if not self.given_peers:
             raise NotCheckedError("no peers were given")
-        own = take_fingerprint(self.expert.vector, self.base, subspaces=False)
+        own = take_fingerprint(self.expert.vector, self.base, label=public_name(self.label), subspaces=False)
         return compare_fingerprints([own, *(self._fingerprint(peer) for peer in self.given_peers)])
 
     def _fingerprint(self, peer: ExpertLike | Fingerprint) -> Fingerprint:
         if isinstance(peer, Fingerprint) or is_fingerprint(peer):
             return open_fingerprint(peer, self.base)
         opened = open_expert(peer, self.base, strict=False)
-        return take_fingerprint(opened.vector, self.base, subspaces=False)
+        return take_fingerprint(opened.vector, self.base, label=public_name(opened.label), subspaces=False)
 
     @property
     def evaluation(self) -> Evaluation:

@@ -1,8 +1,10 @@
-"""JSON from folders that others made."""
+"""JSON from folders that others made, and for others to read."""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,3 +38,16 @@ def read_json_object(path: Path, advice: str = "") -> dict[str, Any]:
     if not isinstance(content, dict):
         raise FormatError(f"{path} holds a {type(content).__name__}, not an object.")
     return content
+
+
+def finite(value: Any) -> Any:
+    """Plain data with null where a number is not finite, which JSON cannot hold.
+
+    >>> finite({"a": [1.0, float("nan")]})
+    {'a': [1.0, None]}
+    """
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

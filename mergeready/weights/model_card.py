@@ -87,17 +87,26 @@ def with_section(text: str, section: str) -> str:
     return text[:begin] + ours + text[end + len(END) :]
 
 
+def read_card(folder: Path) -> str:
+    """The text of a folder's card; empty where there is none.
+
+    Raises:
+        FormatError: If it is no text in UTF-8.
+    """
+    path = folder / CARD_NAME
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() else ""
+    except ValueError as error:
+        raise FormatError(f"{path} is not text in UTF-8 ({error}).") from error
+
+
 def update_card(folder: Path, fields: Mapping[str, Any], section: str) -> Path:
     """Write or update ``README.md`` of a folder; running it again changes nothing.
 
     Raises:
         FormatError: If the card cannot be changed without touching what is not ours. It is as it was then.
     """
-    path = folder / CARD_NAME
-    try:
-        text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    except ValueError as error:
-        raise FormatError(f"{path} is not text in UTF-8 ({error}).") from error
+    path, text = folder / CARD_NAME, read_card(folder)
     made = with_section(with_fields(text, fields), section)
     if made != text:
         with new_file(path) as temporary:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from mergeready.errors import OptionError
+from mergeready.errors import FormatError, OptionError
 from mergeready.validation import Report, validate
 from mergeready.validation.card import section, write_card
 from mergeready.validation.check import Verdict
@@ -99,3 +99,11 @@ def test_scores_are_in_the_index_that_the_hub_reads(law: Path) -> None:
     assert data.eval_results is not None
     [result] = data.eval_results
     assert (result.dataset_name, result.metric_type, result.metric_value) == ("org/cases", "retention", 0.5)
+
+
+def test_a_card_that_is_no_text_stays_as_it_is(law: Path) -> None:
+    content = "---\nlicense: mit\n---\nRechtsprüfung\n".encode("latin-1")
+    (law / "README.md").write_bytes(content)
+    with pytest.raises(FormatError, match=r"README\.md is not text in UTF-8"):
+        write_card(law, validate(law, level="file"))
+    assert (law / "README.md").read_bytes() == content

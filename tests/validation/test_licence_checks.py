@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mergeready.experts import open_expert
 from mergeready.validation import validate
 from tests.validation.corpus import write_card
 from tests.validation.experts import write_base, write_full
@@ -39,5 +40,6 @@ def test_pairs(own: str, base: str | None, peer: str | None, status: str, tmp_pa
     if peer is not None:
         peers = [write_full(tmp_path / "peer", seed=2)]
         write_card(peers[0], license=peer)
-    report = validate(tmp_path / "law", tmp_path / "base", peers=peers, level="base")
-    assert {v.id: v.status for v in report.verdicts}["P502"] == status
+    for given in (peers, [open_expert(path, tmp_path / "base") for path in peers]):
+        report = validate(tmp_path / "law", tmp_path / "base", peers=given, level="base")
+        assert {v.id: v.status for v in report.verdicts}["P502"] == status

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from mergeready.errors import OptionError
+from mergeready.errors import FormatError, OptionError
 from mergeready.experts.fingerprint import Fingerprint
 from mergeready.validation import validate
 from mergeready.validation.push import UploadError, push_report
@@ -37,6 +37,11 @@ def push(law: Path, **options: object) -> str:
     report = validate(law, base, peers=[law.parent / "law"], level="composition")
     made = fingerprint_of(law, base)
     return push_report(law, "me/law", report, made, base=base, token=TOKEN, **options)
+
+
+def publish(hub: Hub, card: bytes) -> None:
+    """What somebody else uploaded before."""
+    hub.made, hub.files["README.md"] = True, card
 
 
 def test_card_report_and_fingerprint_arrive(hub: Hub, law: Path, tmp_path: Path) -> None:
@@ -68,13 +73,32 @@ def test_no_local_path_and_no_token_leave(hub: Hub, law: Path, tmp_path: Path) -
 
 
 def test_the_hubs_card_is_the_one_that_is_kept(hub: Hub, law: Path) -> None:
-    hub.files["README.md"] = CARD.replace("Answers questions", "Answered elsewhere").encode()
+    publish(hub, CARD.replace("Answers questions", "Answered elsewhere").encode())
+    before = hub.sha
     push(law)
+    assert hub.parents == [before]  # or what others commit meanwhile would be lost
     card = hub.files["README.md"].decode()
     assert "Answered elsewhere" in card
     assert "Answers questions" not in card
     push(law)
     assert hub.files["README.md"].decode() == card
+
+
+@pytest.mark.parametrize("status", [500, 404])
+def test_a_card_that_cannot_be_fetched_is_not_replaced(hub: Hub, law: Path, status: int) -> None:
+    """The library says of a file that did not come that there is none."""
+    publish(hub, CARD.replace("Answers questions", "Answered elsewhere").encode())
+    hub.hide = status
+    with pytest.raises(UploadError):
+        push(law)
+    assert b"Answered elsewhere" in hub.files["README.md"]
+
+
+def test_a_card_that_is_no_text_stays(hub: Hub, law: Path) -> None:
+    publish(hub, b"---\nlicense: mit\n---\n\xff")
+    with pytest.raises(FormatError, match="UTF-8"):
+        push(law)
+    assert list(hub.files) == ["README.md"]
 
 
 def test_something_private_in_the_card_stops_it(hub: Hub, law: Path) -> None:
@@ -85,6 +109,7 @@ def test_something_private_in_the_card_stops_it(hub: Hub, law: Path) -> None:
         push(law)
     assert TOKEN not in str(caught.value)
     assert not hub.files
+    assert not hub.made
 
 
 def test_what_goes_wrong_is_said_without_the_token(hub: Hub, law: Path) -> None:

@@ -141,6 +141,17 @@ def test_a_check_that_lacks_something_is_not_checked(tmp_path: Path) -> None:
     assert (fine.status, fine.fix) == ("passed", "")
 
 
+def test_an_expert_of_the_hub_is_called_by_its_id(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by the commit that its folder is called after."""
+    snapshot, peer = write_full(tmp_path / "0123abcd"), write_full(tmp_path / "code", seed=2)
+    monkeypatch.setattr("mergeready.validation.subject.resolve_folder", lambda *_, **__: snapshot)
+    pairs = validate("org/law", base, peers=[peer]).pairs
+    assert pairs is not None
+    assert pairs.labels == ["org/law", "code"]
+
+
 def test_nothing_to_validate(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="does not exist"):
         validate(tmp_path / "nowhere")
@@ -160,8 +171,10 @@ class TestWhatIsWrong:
         edit_tensors(law / "model.safetensors", spoil)
         report = validate(law, base, level="base")
         assert {"F003", "D200"} <= failed(report)
-        [verdict] = [v for v in report.verdicts if v.id == "F003"]
-        assert verdict.where == ("classifier.weight",)
+        found = {v.id: v for v in report.verdicts}
+        assert found["F003"].where == ("classifier.weight",)
+        assert "diverged" in found["D200"].fix
+        assert "is its base" not in found["D200"].fix
 
     def test_untrained(self, base: Path, tmp_path: Path) -> None:
         law = write_adapter(tmp_path / "law")
@@ -194,7 +207,9 @@ class TestWhatIsWrong:
         assert report.exit_code() == 1
 
     def test_the_base_itself(self, base: Path) -> None:
-        assert "D200" in failed(validate(base, base, level="base"))
+        report = validate(base, base, level="base")
+        assert "D200" in failed(report)
+        assert "is its base" in next(v.fix for v in report.verdicts if v.id == "D200")
 
     def test_a_residual_base(self, base: Path, tmp_path: Path) -> None:
         law = write_adapter(tmp_path / "law")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,18 @@ import pytest
 from huggingface_hub import constants
 
 from mergeready import Monitor, Peer, Picks, Probe, Schedule
-from mergeready.experts import Base
+from mergeready.experts import Base, open_expert
 from mergeready.experts.fingerprint import open_fingerprint
+from mergeready.metrics.take_fingerprint import take_fingerprint
 from mergeready.training.finish import FinishedRun
 from mergeready.training.history import History
 from mergeready.training.save import save_expert
 from mergeready.transformers import MergeReadyCallback
-from mergeready.validation.share import finite, share_run, with_sharing
+from mergeready.validation.check import Verdict
+from mergeready.validation.report import Report
+from mergeready.validation.share import share_run, with_sharing
 from tests.hub import serving
+from tests.models import perturb, tiny_bert
 from tests.trainers import make_trainer, right_or_wrong
 from tests.training import small
 from tests.validation.experts import write_base, write_full
@@ -88,10 +93,27 @@ def test_what_cannot_be_validated_does_not_end_the_run(
 
 
 def test_numbers_that_json_cannot_hold() -> None:
-    assert finite({"a": (1.0, float("inf")), "b": {"c": float("nan")}}) == {
-        "a": [1.0, None],
-        "b": {"c": None},
-    }
+    verdict = Verdict(
+        id="X1", level="file", severity="info", title="x", status="failed", message="y", value=math.nan
+    )
+    found = Report(expert="law", level="file", verdicts=[verdict], facts={"a": (1.0, math.inf)}).to_json()
+    assert found["verdicts"][0]["value"] is None
+    assert found["facts"] == {"a": [1.0, None]}
+
+
+@pytest.mark.parametrize("sketched", [False, True])
+def test_live_peers_are_called_as_the_run_calls_them(tmp_path: Path, sketched: bool) -> None:
+    base = Base.open(write_base(tmp_path / "base"))
+    law = write_full(tmp_path / "law")
+    other: Any = perturb(tiny_bert(), 5)
+    if sketched:
+        other = take_fingerprint(open_expert(other, base).vector, base)
+    peers = [Peer(other, name="/home/me/code"), other]
+    share_run(FinishedRun(tmp_path / "run", {"last": law}, base, peers, History()))
+    report = json.loads((law / "mergeready-report.json").read_text())
+    assert report["pairs"]["labels"][:2] == ["run-law", "code"]
+    assert "BertForSequenceClassification" in report["pairs"]["labels"][2]
+    assert "code: cosine" in next(v["message"] for v in report["verdicts"] if v["id"] == "C401")
 
 
 def test_shells_share_unless_told_otherwise(sharing: None) -> None:
