@@ -233,6 +233,7 @@ def sum_factors(
 
     Raises:
         OptionError: If there are none, or weights do not fit.
+        BaseMismatchError: If they were collected on different bases.
         MismatchError: If a layer differs between them.
         NonFiniteError, FormatError: As :meth:`KroneckerFactors.read`.
 
@@ -249,8 +250,11 @@ def sum_factors(
         raise OptionError(
             f"`weights` must be {len(given)} numbers, one for each of the factors, none negative, not {shares}."
         )
+    base = next((made.base for made in given if made.base is not None), None)
     layers: dict[str, FactoredLayer] = {}
     for made in given:
+        if base is not None and made.base is not None:
+            base.require_same(made.base, f"factors {made.label}", made.layers)
         for name, layer in made.layers.items():
             if layers.setdefault(name, layer) != layer:
                 raise MismatchError(
@@ -261,7 +265,6 @@ def sum_factors(
         name: _sum_pairs((share, made.read(name)) for share, made in having if name in made.layers)
         for name in layers
     }
-    base = next((made.base for made in given if made.base is not None), None)
     return KroneckerFactors.of(pairs, layers, label=" + ".join(made.label for made in given), base=base)
 
 
@@ -279,7 +282,13 @@ def _sum_pairs(weighted: Iterable[tuple[float, tuple[Tensor, Tensor]]]) -> tuple
 
 
 def factor_infos(layers: Mapping[str, FactoredLayer], dtype: torch.dtype) -> dict[str, TensorInfo]:
-    """Names, shapes and dtype of a file's tensors, in their order."""
+    """Names, shapes and dtype of a file's tensors, in their order.
+
+    Raises:
+        OptionError: If the dtype is none of floating-point numbers.
+    """
+    if not dtype.is_floating_point:
+        raise OptionError(f"`dtype` of factors must be one of floating-point numbers, not {dtype}.")
     infos = {}
     for name, layer in layers.items():
         infos[f"outputs/{name}"] = TensorInfo((layer.outputs, layer.outputs), dtype)

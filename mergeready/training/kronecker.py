@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from mergeready.training.batches import (
     require_repeatable,
     size_of,
 )
+from mergeready.training.curvature import Labels
 from mergeready.weights.open import WeightsLike
 from mergeready.weights.state_dict import StateDictSource
 from mergeready.weights.writer import write_file
@@ -34,15 +35,13 @@ from mergeready.weights.writer import write_file
 LARGEST = 8192
 """Longest side of a factor by default: 256 MiB of fp32."""
 
-FactorLabels: TypeAlias = Literal["sampled", "expected", "true"]
-
 
 def kronecker_factors(
     model: nn.Module,
     batches: Batches,
     *,
     base: WeightsLike | Base | None = None,
-    labels: FactorLabels = "sampled",
+    labels: Labels = "sampled",
     draws: int = 1,
     forward: Forward | None = None,
     seed: int = 0,
@@ -94,7 +93,6 @@ def kronecker_factors(
     collector = _Collector(labels, draws, forward or forward_logits, seed)
     with as_expert(model, base) as seen, torch.enable_grad():
         modules, layers = _layers(model, seen, largest)
-        _require_some(layers, model)
         pairs = collector.collect(model, batches, modules, layers)
         identity = seen.base
     kept = {name: layers[name] for name in pairs}
@@ -108,7 +106,7 @@ def write_factors(
     batches: Batches,
     *,
     base: WeightsLike | Base | None = None,
-    labels: FactorLabels = "sampled",
+    labels: Labels = "sampled",
     draws: int = 1,
     forward: Forward | None = None,
     seed: int = 0,
@@ -156,7 +154,6 @@ def write_factors(
     path.parent.mkdir(parents=True, exist_ok=True)
     with as_expert(model, base) as seen, torch.enable_grad():
         modules, layers = _layers(model, seen, largest)
-        _require_some(layers, model)
         facts = collector.look(model, batches, modules)
         kept = {name: layer for name, layer in layers.items() if name in collector.ran}
         _require_some(kept, model)
@@ -177,8 +174,8 @@ class _Collector:
         ran: Names of the layers that ran in the last pass.
     """
 
-    def __init__(self, labels: FactorLabels, draws: int, forward: Forward, seed: int) -> None:
-        if labels not in get_args(FactorLabels):
+    def __init__(self, labels: Labels, draws: int, forward: Forward, seed: int) -> None:
+        if labels not in get_args(Labels):
             raise OptionError(f"`labels` must be sampled, expected or true, not {labels!r}.")
         if draws < 1 or (draws > 1 and labels != "sampled"):
             raise OptionError(f"`draws` must be at least 1, and 1 for labels={labels!r}, not {draws}.")
@@ -295,6 +292,7 @@ def _layers(
         layer = FactoredLayer(outputs, inputs, names.get(id(getattr(module, "bias", None))), transposed)
         if max(layer.outputs, layer.columns) <= largest:
             modules[name], layers[name] = module, layer
+    _require_some(layers, model)
     return modules, layers
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mergeready.errors import MismatchError, OptionError, UnsupportedError, listing
 from mergeready.experts.base import Base
 from mergeready.experts.factors import KroneckerFactors, is_factors
-from mergeready.experts.live import LiveExpert
+from mergeready.experts.live import LiveExpert, is_peft
 from mergeready.merging.information import Information
 from mergeready.merging.regmean import TRANSPOSED
 from mergeready.weights.module import unwrap
@@ -125,22 +125,19 @@ def start_orthogonal(
         )
     found = _factors_a(model, base)
     opened = [_open(peer) for peer in peers]
-    problems: list[str] = []
-    grams: dict[str, list[Tensor]] = {}
-    for name, A in found.items():
-        for label, source in opened:
-            gram = _gram(source, name)
-            if gram is None or gram.shape != (A.shape[1], A.shape[1]):
-                problems.append(f"{name} in {label}")
-            else:
-                grams.setdefault(name, []).append(gram)
+    problems = [
+        f"{name} in {label}"
+        for name, A in found.items()
+        for label, source in opened
+        if _gram_shape(source, name) != (A.shape[1], A.shape[1])
+    ]
     if problems:
         raise MismatchError(
             f"peers say nothing that fits about {listing(problems)}. Collect from all linear layers."
         )
     seen = {}
     for name, A in found.items():
-        total = torch.stack(grams[name]).double().sum(0)
+        total = torch.stack([_gram(source, name) for _, source in opened]).double().sum(0)
         with torch.no_grad():
             A.copy_(weakest_directions(total, A.shape[0]))
         A.requires_grad_(A.requires_grad and not freeze)
@@ -169,27 +166,31 @@ def _open(peer: InputsLike) -> tuple[str, KroneckerFactors | Information]:
     return information.sources[0].label, information
 
 
-def _gram(source: KroneckerFactors | Information, name: str) -> Tensor | None:
-    if isinstance(source, KroneckerFactors):
-        layer = source.layers.get(name)
-        return None if layer is None else source.read(name)[1][: layer.inputs, : layer.inputs]
-    for key in (name, name + TRANSPOSED):
-        if source.shape(0, key) is not None:
-            return source.read(0, key)
-    return None
+def _gram_shape(source: KroneckerFactors | Information, name: str) -> tuple[int, ...] | None:
+    if isinstance(source, Information):
+        return source.shape(0, name) or source.shape(0, name + TRANSPOSED)
+    layer = source.layers.get(name)
+    return None if layer is None else (layer.inputs, layer.inputs)
+
+
+def _gram(source: KroneckerFactors | Information, name: str) -> Tensor:
+    if isinstance(source, Information):
+        return source.read(0, name if source.shape(0, name) else name + TRANSPOSED)
+    inputs = source.layers[name].inputs
+    return source.read(name)[1][:inputs, :inputs]
 
 
 def _factors_a(
     model: nn.Module, base: WeightsLike | Base | None, *, fresh: bool = True
 ) -> dict[str, nn.Parameter]:
     """A of each LoRA layer by base parameter name."""
-    live = LiveExpert(model, base) if _is_lora(model) else None
-    if live is None:
+    if not is_peft(unwrap(model)):
         raise UnsupportedError(
             f"{type(model).__name__} has no LoRA adapter of PEFT: call `get_peft_model` first."
         )
     from peft.tuners.lora import LoraLayer
 
+    live = LiveExpert(model, base)
     names = {id(target): name for name, target in live.targets.items()}
     adapter = str(cast("Any", live.model).active_adapters[0])
     found, strange, trained = {}, [], []
@@ -213,9 +214,3 @@ def _factors_a(
             f"the adapter is trained already: another A would change what it does in {listing(trained)}. Start afresh."
         )
     return found
-
-
-def _is_lora(model: nn.Module) -> bool:
-    from mergeready.experts.live import is_peft
-
-    return is_peft(unwrap(model))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from torch import nn
@@ -88,16 +88,12 @@ def kept_names(model: nn.Module, keep: Keep) -> list[str]:
 
 def _last_blocks(names: Sequence[str], count: int) -> list[str]:
     blocks = [None if (found := _BLOCK.search(name)) is None else int(found[1]) for name in names]
-    numbers = _numbers(blocks)
+    numbers = sorted({block for block in blocks if block is not None})
     if not numbers:
         raise OptionError("the model has no numbered blocks: use re:pattern.")
     kept = set(numbers[-count:])
     last = max(i for i, block in enumerate(blocks) if block is not None)
     return [name for i, name in enumerate(names) if blocks[i] in kept or (blocks[i] is None and i > last)]
-
-
-def _numbers(blocks: Iterable[int | None]) -> list[int]:
-    return sorted({block for block in blocks if block is not None})
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:

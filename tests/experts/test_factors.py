@@ -101,6 +101,24 @@ def test_a_sum_does_not_change_what_was_added() -> None:
     assert all(torch.equal(a, b) for n in LAYERS for a, b in zip(before[n], first.read(n), strict=True))
 
 
+def test_factors_of_different_bases_are_not_added() -> None:
+    other = Base.open({name: value + 1 for name, value in STATE.items()})
+    pairs = {name: made().read(name) for name in LAYERS}
+    stranger = KroneckerFactors.of(pairs, LAYERS, label="stranger", base=other.identity)
+    with pytest.raises(BaseMismatchError, match="factors stranger was made for another base"):
+        sum_factors([made(), stranger])
+    unknown = KroneckerFactors.of(pairs, LAYERS)
+    assert sum_factors([unknown, made()]).base == BASE.identity
+
+
+def test_whole_numbers_hold_no_factors(tmp_path: Path) -> None:
+    path = made().save(tmp_path / "x")
+    before = path.read_bytes()
+    with pytest.raises(OptionError, match=r"`dtype` .* not torch\.int8"):
+        made().save(path, torch.int8)
+    assert path.read_bytes() == before
+
+
 def test_layers_that_some_lack_are_free_there() -> None:
     short = KroneckerFactors.of({"a.weight": made().read("a.weight")}, {"a.weight": LAYERS["a.weight"]})
     found = sum_factors([made(), short])

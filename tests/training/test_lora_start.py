@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from mergeready import input_grams, open_expert
 from mergeready.errors import MismatchError, OptionError, UnsupportedError
 from mergeready.experts import Base, LowRank, dense
+from mergeready.experts.factors import KroneckerFactors
+from mergeready.training import lora_start
 from mergeready.training.kronecker import kronecker_factors
 from mergeready.training.lora_start import lora_a, share_lora_a, start_orthogonal, weakest_directions
 from tests.models import TinyConvNet, tiny_bert, tiny_gpt2, token_batch
@@ -151,6 +153,28 @@ def test_adapters_that_began_so_still_load(tmp_path: Path) -> None:
     again = PeftModel.from_pretrained(tiny_bert(), tmp_path).eval()
     with torch.no_grad():
         torch.testing.assert_close(again(**token_batch()).logits, model.eval()(**token_batch()).logits)
+
+
+def test_what_peers_say_is_read_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All layers of all peers at once would be larger than the model."""
+    base = tiny_bert()
+    peers = [kronecker_factors(base, [token_batch(seed)], base=base) for seed in (1, 2)]
+    model, read, started = adapter(), [], []
+    plain_read, plain_start = KroneckerFactors.read, lora_start.weakest_directions
+
+    def reading(self: KroneckerFactors, name: str) -> tuple[Tensor, Tensor]:
+        read.append(name)
+        return plain_read(self, name)
+
+    def starting(gram: Tensor, count: int) -> Tensor:
+        started.append(len(read))
+        return plain_start(gram, count)
+
+    monkeypatch.setattr(KroneckerFactors, "read", reading)
+    monkeypatch.setattr(lora_start, "weakest_directions", starting)
+    seen = start_orthogonal(model, peers)
+    assert read == [name for name in seen for _ in peers]
+    assert started == [2, 4, 6, 8]
 
 
 def test_layers_stored_transposed() -> None:
