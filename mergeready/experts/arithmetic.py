@@ -23,13 +23,10 @@ class Difference(TaskVector):
         BaseMismatchError: If the two are of different bases.
 
     Example:
-        >>> from mergeready.experts import BaseIdentity, DeltaTaskVector
-        >>> from mergeready.weights import StateDictSource
-        >>> base = StateDictSource({"x": torch.ones(2)})
-        >>> def at(*values):
-        ...     deltas = {"x": Dense(torch.tensor(values))}
-        ...     return DeltaTaskVector(deltas, base.infos, BaseIdentity.of(base), "law")
-        >>> Difference(at(3.0, 1.0), at(1.0, 1.0)).flat("x", 0, 2)
+        >>> from mergeready.experts import open_expert
+        >>> base = {"x": torch.zeros(2)}
+        >>> end, pick = (open_expert({"x": torch.tensor(x)}, base).vector for x in ([3.0, 1.0], [1.0, 1.0]))
+        >>> Difference(end, pick).flat("x", 0, 2)
         tensor([2., 0.])
     """
 
@@ -75,13 +72,10 @@ class Without(TaskVector):
         NonFiniteError: If either holds NaN or infinite values.
 
     Example:
-        >>> from mergeready.experts import BaseIdentity, DeltaTaskVector
-        >>> from mergeready.weights import StateDictSource
-        >>> base = StateDictSource({"x": torch.ones(2)})
-        >>> def at(*values):
-        ...     deltas = {"x": Dense(torch.tensor(values))}
-        ...     return DeltaTaskVector(deltas, base.infos, BaseIdentity.of(base), "law")
-        >>> Without(at(3.0, 1.0), at(2.0, 0.0)).flat("x", 0, 2)
+        >>> from mergeready.experts import open_expert
+        >>> base, values = {"x": torch.zeros(2)}, torch.tensor([3.0, 1.0])
+        >>> vector = open_expert({"x": values}, base).vector
+        >>> Without(vector, open_expert({"x": torch.tensor([2.0, 0.0])}, base).vector).flat("x", 0, 2)
         tensor([0., 1.])
     """
 

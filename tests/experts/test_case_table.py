@@ -29,13 +29,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from mergeready.errors import FormatError, MismatchError, NotTrainedError, UnsupportedError
+from mergeready.errors import MismatchError, NotTrainedError, UnsupportedError
 from mergeready.experts import Base, Expert, LowRank, dense, open_expert
 from mergeready.experts.open import open_experts
 from mergeready.merging import merge, merge_adapters
 from tests.experts import test_adapterhub as adapterhub
 from tests.experts import test_tokens as tokens
-from tests.experts.mlx_files import random_adapter, write_adapter
 from tests.models import TinyConvNet, perturb, tiny_bert, tiny_gpt2, tiny_llama, token_batch
 
 QV = ["query", "value"]
@@ -368,49 +367,3 @@ def test_factors_in_half_precision_are_folded_in_fp32(dtype: torch.dtype, tmp_pa
         key = f"base_model.model.{name.removesuffix('weight')}lora"
         exact = 3 * halves[f"{key}_B.weight"].double() @ halves[f"{key}_A.weight"].double()
         torch.testing.assert_close(dense(vector[name]).double(), exact, rtol=1e-5, atol=1e-6)
-
-
-def test_formats_are_told_apart_by_content(tmp_path: Path) -> None:
-    llama = tiny_llama()
-    saved(tiny_llama, tmp_path / "peft", LoraConfig(r=2, target_modules=["q_proj"]))
-    write_adapter(tmp_path / "mlx", random_adapter(llama, ["q_proj"]))
-    assert open_expert(tmp_path / "peft", llama).format == "peft"
-    assert open_expert(tmp_path / "mlx", llama).format == "mlx"
-    hub = adapterhub.GOLDENS / "llama"
-    assert open_expert(hub / "plain", hub / "base").format == "adapterhub"
-    (tmp_path / "mlx" / "adapter_config.json").write_text("{}")
-    with pytest.raises(FormatError, match="of no known kind"):
-        open_expert(tmp_path / "mlx", llama)
-
-
-def test_kohya_is_refused_by_name(tmp_path: Path) -> None:
-    tensors = {
-        "lora_unet_down_blocks_0.lora_up.weight": torch.ones(4, 2),
-        "lora_unet_down_blocks_0.lora_down.weight": torch.ones(2, 4),
-        "lora_unet_down_blocks_0.alpha": torch.ones(()),
-    }
-    save_file(tensors, tmp_path / "style.safetensors")
-    for form in (tmp_path, tmp_path / "style.safetensors", tensors):
-        with pytest.raises(UnsupportedError, match="kohya"):
-            open_expert(form, tiny_bert())
-
-
-def test_adapters_in_subfolders_are_named(tmp_path: Path) -> None:
-    base = tiny_bert()
-    model = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=QV), adapter_name="law")
-    perturb(model, 1, 0.1).save_pretrained(tmp_path)
-    with pytest.raises(FormatError, match=r"adapters in subfolders \(law\): name one"):
-        open_expert(tmp_path, base)
-    assert len(open_expert(tmp_path / "law", base).vector) == 4
-
-
-def test_pickled_peft_adapters_need_a_flag(tmp_path: Path) -> None:
-    base, _ = saved(tiny_bert, tmp_path, LoraConfig(r=4, target_modules=QV))
-    straight = open_expert(tmp_path, base).vector
-    path = tmp_path / "adapter_model.safetensors"
-    torch.save(load_file(path), tmp_path / "adapter_model.bin")
-    path.unlink()
-    with pytest.raises(FormatError, match="can run code"):
-        open_expert(tmp_path, base)
-    opened = open_expert(tmp_path, base, allow_pickle=True).vector
-    assert all(torch.equal(dense(opened[n]), dense(straight[n])) for n in straight)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,26 @@ def loaded(state: dict[str, Tensor]) -> Net:
     model = Net()
     model.load_state_dict(state)
     return model.eval()
+
+
+@contextmanager
+def left_alone() -> Iterator[Net]:
+    """Gives a model in training; what is done with it must leave all of it, and torch's random state, as it was."""
+    model = Net().train()
+    model.head.requires_grad_(False)
+    model.embed.weight.grad = torch.ones_like(model.embed.weight)
+    before, flags = state_of(model), [p.requires_grad for p in model.parameters()]
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    yield model
+    assert torch.equal(torch.rand(2), expected)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert all(module.training for module in model.modules())
+    assert not any(module._forward_hooks for module in model.modules())
+    assert torch.equal(model.embed.weight.grad, torch.ones_like(model.embed.weight))
+    assert sum(p.grad is not None for p in model.parameters()) == 1
+    assert equal(before, state_of(model))
 
 
 def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

@@ -1,0 +1,103 @@
+"""Frames against the matrices that they stand for, whole and in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mergeready.experts.delta import Delta, Dense, LowRank, Rows, dense
+from mergeready.experts.frame import Frame, all_finite, as_matrix, changes_anything, matrix_shape
+from tests.merging.matrices import adapters
+
+
+def rows_of(shape: tuple[int, ...], *index: int) -> Rows:
+    return Rows(torch.tensor(index), torch.randn(len(index), *shape[1:]), shape)
+
+
+def exact(delta: Delta) -> Tensor:
+    return dense(delta).double().reshape(delta.shape[0], -1)
+
+
+def require_same(frame: Frame, deltas: list[Delta | None], weights: list[float]) -> None:
+    for slot, core in zip(frame.slots, frame.changes, strict=True):
+        delta = deltas[slot]
+        assert delta is not None
+        torch.testing.assert_close(frame.restore(core), weights[slot] * exact(delta), rtol=1e-5, atol=1e-7)
+
+
+@given(
+    ranks=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    shape=st.sampled_from([(12, 20), (20, 12), (16, 3, 2, 2)]),
+    weight=st.sampled_from([-1.5, 0.5, 1.0]),
+)
+def test_cores_are_the_changes_in_an_orthonormal_frame(
+    ranks: list[int], shape: tuple[int, ...], weight: float
+) -> None:
+    deltas: list[Delta | None] = [*adapters(shape, ranks)]
+    weights = [weight] * len(deltas)
+    frame = Frame.of(deltas, weights)
+    assert frame is not None
+    assert frame.shape == (shape[0], torch.Size(shape[1:]).numel())
+    require_same(frame, deltas, weights)
+    assert (frame.left is not None) == (sum(ranks) < min(frame.shape))
+    for basis in (frame.left, frame.right):
+        if basis is not None:
+            torch.testing.assert_close(basis.T @ basis, torch.eye(sum(ranks), dtype=torch.float64))
+    whole = frame.whole(deltas)
+    assert whole.left is None
+    require_same(whole, deltas, weights)
+
+
+def test_trained_rows_are_of_low_rank_and_a_dense_change_is_not() -> None:
+    (low,) = adapters((40, 30), [2])
+    few, full = rows_of((40, 30), 3, 17), Dense(torch.randn(40, 30))
+    small = Frame.of([low, few], [1.0, 2.0])
+    assert small is not None
+    assert small.changes[0].shape == (4, 4)
+    require_same(small, [low, few], [1.0, 2.0])
+    for pair in ([low, full], [low, rows_of((40, 30), *range(9))]):
+        large = Frame.of(pair, [1.0, 2.0])
+        assert large is not None
+        assert large.changes[1].shape == (40, 30)
+        require_same(large, list(pair), [1.0, 2.0])
+
+
+def test_who_changes_nothing_takes_no_part() -> None:
+    low, other = adapters((12, 20), [2, 2])
+    idle = LowRank(torch.zeros(12, 2), torch.randn(2, 20), (12, 20))
+    deltas = [None, low, idle, other, Dense(torch.zeros(12, 20))]
+    frame = Frame.of(deltas, [1.0, 1.0, 1.0, 0.0, 1.0])
+    assert frame is not None
+    assert frame.slots == [1]
+    assert Frame.of([None, idle], [1.0, 1.0]) is None
+    assert Frame.of([low], [0.0]) is None
+    assert Frame.of([], []) is None
+    assert [changes_anything(d) for d in deltas if d is not None] == [True, False, True, False]
+
+
+def test_changes_are_new_tensors_each_time() -> None:
+    value = torch.randn(4, 6, dtype=torch.float64)
+    frame = Frame.of([Dense(value)], [1.0])
+    assert frame is not None
+    frame.changes[0].zero_()
+    assert torch.equal(frame.changes[0], value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_seen_in_every_form(value: float) -> None:
+    (low,) = adapters((12, 20), [2])
+    forms = [low, rows_of((12, 20), 1), Dense(torch.randn(12, 20))]
+    assert all_finite([*forms, None])
+    for form in forms:
+        part = form.A if isinstance(form, LowRank) else form.value
+        part[0, 0] = value
+        assert not all_finite([None, form])
+
+
+def test_vectors_are_columns() -> None:
+    delta = Dense(torch.tensor([1.0, 2.0]))
+    assert matrix_shape(delta) == (2, 1)
+    assert as_matrix(delta).tolist() == [[1.0], [2.0]]
