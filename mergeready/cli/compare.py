@@ -7,9 +7,19 @@ import typer
 from rich.markup import escape
 
 from mergeready.cli.app import BaseArgument, ExpertsArgument, StrictOption, app, console, open_all
-from mergeready.cli.compare_many import estimate, find, print_partners, print_summary, show_nearest, write
-from mergeready.cli.compare_subspaces import show_subspaces
+from mergeready.cli.compare_many import (
+    estimate,
+    find,
+    print_partners,
+    print_summary,
+    require_tables,
+    require_writable,
+    show_nearest,
+    write,
+)
+from mergeready.cli.compare_subspaces import require_weights, show_subspaces
 from mergeready.cli.compare_tables import CAUTION, MOST_IN_TABLES, print_comparison, print_estimates
+from mergeready.errors import OptionError, listing
 
 
 @app.command()
@@ -63,8 +73,12 @@ def compare(
 
     screen = console()
     chosen = None if partners_of is None else find(experts, partners_of)
+    outputs = output or []
+    _require_together(
+        experts, outputs, partners_of, nearest=nearest, estimated=estimated, subspaces=subspaces
+    )
     if nearest:
-        show_nearest(screen, base, experts, count, output or [], strict=strict)
+        show_nearest(screen, base, experts, count, outputs, strict=strict)
         return
     if estimated or any(is_fingerprint(expert) for expert in experts):
         pairs = estimate(base, experts, strict=strict)
@@ -83,7 +97,29 @@ def compare(
     if subspaces:
         show_subspaces(screen, base, experts, strict=strict)
     screen.print(CAUTION, style="dim")
-    for path in output or []:
+    for path in outputs:
         if not screen.quiet:
             write(path, pairs)
             screen.print(f"Wrote {escape(str(path))}", highlight=False)
+
+
+def _require_together(
+    experts: list[str],
+    outputs: list[Path],
+    partners_of: str | None,
+    *,
+    nearest: bool,
+    estimated: bool,
+    subspaces: bool,
+) -> None:
+    """Refuse what would fail or have no effect, before anything is compared."""
+    if nearest:
+        others = {"--partners-of": partners_of is not None, "--estimate": estimated, "--subspaces": subspaces}
+        given = [name for name, is_given in others.items() if is_given]
+        if given:
+            raise OptionError(f"--nearest compares no pairs, so {listing(given)} cannot be had with it.")
+        require_tables(outputs)
+    else:
+        require_writable(outputs, len(experts))
+    if subspaces:
+        require_weights(experts)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mergeready.errors import OptionError, UnsupportedError
+from mergeready.errors import OptionError, UnsupportedError, listing
 
 if TYPE_CHECKING:
     from mergeready.experts import Base
@@ -78,8 +78,8 @@ def print_summary(screen: Console, pairs: AllPairs) -> None:
 
     labels = short_labels(pairs.labels)
     table = Table(title=f"{len(labels)} experts in groups of similar ones", title_justify="left")
-    for column, side in (("", "right"), ("experts", "right"), ("which", "left")):
-        table.add_column(column, justify="right" if side == "right" else "left")
+    for column in ("", "experts", "which"):
+        table.add_column(column, justify="left" if column == "which" else "right")
     found = [members for members in groups(pairs.cosine).members() if len(members) > 1]
     for number, members in enumerate(found[:_LONGEST_LIST], start=1):
         shown = ", ".join(escape(labels[i]) for i in members[:_LONGEST_LIST])
@@ -119,12 +119,35 @@ def print_partners(screen: Console, pairs: AllPairs, chosen: int, count: int) ->
     screen.print(table)
 
 
-def write(path: Path, pairs: AllPairs) -> None:
-    """Write all pairs as what the file's ending says.
+def require_writable(outputs: Sequence[Path], count: int) -> None:
+    """Raise if a file cannot be written of that many experts.
 
     Raises:
-        OptionError: If it ends otherwise, or a page is wanted of too many experts.
+        OptionError: If one has an unknown ending, or a page is wanted of too many experts.
     """
+    from mergeready.metrics.pairs_page import MOST
+
+    known = (".html", ".parquet", *_PICTURES)
+    wrong = [str(path) for path in outputs if path.suffix not in known]
+    if wrong:
+        raise OptionError(f"{listing(wrong)} must end with {', '.join(known)}.")
+    if count > MOST and any(path.suffix == ".html" for path in outputs):
+        raise OptionError(f"a page shows up to {MOST} experts, not {count}. Write a .parquet table instead.")
+
+
+def require_tables(outputs: Sequence[Path]) -> None:
+    """Raise if a file is no table, the only form of nearest experts.
+
+    Raises:
+        UnsupportedError: If one is none.
+    """
+    wrong = [str(path) for path in outputs if path.suffix != ".parquet"]
+    if wrong:
+        raise UnsupportedError(f"nearest experts can only be written as .parquet, not {', '.join(wrong)}.")
+
+
+def write(path: Path, pairs: AllPairs) -> None:
+    """Write all pairs as what the file's ending says; see :func:`require_writable`."""
     from mergeready.metrics.compatible import groups
     from mergeready.metrics.heatmap import draw_heatmaps
     from mergeready.metrics.pairs_page import write_pairs_page
@@ -134,10 +157,8 @@ def write(path: Path, pairs: AllPairs) -> None:
         write_pairs_page(path, pairs, groups(pairs.cosine))
     elif path.suffix == ".parquet":
         write_pairs(path, pairs, groups(pairs.cosine).group)
-    elif path.suffix in _PICTURES:
-        draw_heatmaps(pairs.as_lists(), path)
     else:
-        raise OptionError(f"{path} must end with .html, .parquet, {', '.join(_PICTURES)}.")
+        draw_heatmaps(pairs.as_lists(), path)
 
 
 def show_nearest(
@@ -149,9 +170,6 @@ def show_nearest(
     from mergeready.metrics.neighbours import nearest_experts, write_neighbours
     from mergeready.weights.ranks import Ranks
 
-    wrong = [str(path) for path in output if path.suffix != ".parquet"]
-    if wrong:
-        raise UnsupportedError(f"nearest experts can only be written as .parquet, not {', '.join(wrong)}.")
     opened = Base.open(base)
     given = _fingerprints(opened, experts, Ranks.alone(), strict=strict)
     found = nearest_experts(given, min(count, len(experts) - 1), base=opened)
@@ -164,6 +182,6 @@ def show_nearest(
         table.add_row(escape(label), shown)
     screen.print(table)
     screen.print(f"Approximate; standard error of a cosine {found.error:.2g}.", style="dim", highlight=False)
-    for path in output:
+    for path in () if screen.quiet else output:
         write_neighbours(path, found)
         screen.print(f"Wrote {escape(str(path))}", highlight=False)

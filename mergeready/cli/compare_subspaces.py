@@ -9,26 +9,31 @@ from rich.console import Console
 from rich.markup import escape
 
 from mergeready.cli.app import open_all
+from mergeready.errors import OptionError, listing
 
 if TYPE_CHECKING:
     from mergeready.metrics.subspaces import SubspaceComparison
 
 
-def show_subspaces(screen: Console, base: str, experts: Sequence[str], *, strict: bool) -> None:
-    """Compare experts by their singular directions, and print what was found.
+def require_weights(experts: Sequence[str]) -> None:
+    """Raise if one is a fingerprint, which holds no matrices.
 
     Raises:
-        OptionError: If one is a fingerprint, which holds no matrices.
+        OptionError: If so.
     """
-    from mergeready.errors import OptionError, listing
     from mergeready.experts.fingerprint import is_fingerprint
-    from mergeready.metrics.subspaces import compare_subspaces
 
     sketches = [expert for expert in experts if is_fingerprint(expert)]
     if sketches:
         raise OptionError(
             f"--subspaces needs the weights of all experts, and {listing(sketches)} are fingerprints: leave them out."
         )
+
+
+def show_subspaces(screen: Console, base: str, experts: Sequence[str], *, strict: bool) -> None:
+    """Compare experts by their singular directions, and print what was found."""
+    from mergeready.metrics.subspaces import compare_subspaces
+
     _, opened = open_all(base, list(experts), strict)
     print_subspaces(screen, compare_subspaces([expert.vector for expert in opened]))
 

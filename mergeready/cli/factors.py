@@ -1,8 +1,7 @@
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.markup import escape
@@ -10,6 +9,7 @@ from rich.markup import escape
 from mergeready.cli.app import BaseOption, ExpertArgument, app, console
 from mergeready.cli.options import parse_bytes
 from mergeready.errors import OptionError
+from mergeready.targets import find_target
 
 if TYPE_CHECKING:
     from torch import nn
@@ -94,14 +94,7 @@ def _call(target: str, base: str) -> tuple[nn.Module, Batches]:
     """What ``module:function`` returns."""
     from torch import nn
 
-    module, colon, name = target.partition(":")
-    if not (module and colon and name):
-        raise OptionError(f"`--data` must be module:function, not {target!r}.")
-    try:
-        function: Any = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise OptionError(f"{target} cannot be imported ({error}).") from error
-    made = function(base)
+    made = find_target(target, "data")(base)
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
         raise OptionError(f"{target} must return a model and batches, not a {type(made).__name__}.")
     return made

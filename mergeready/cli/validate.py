@@ -72,32 +72,51 @@ def validate(
     from mergeready.weights.open import resolve_folder
 
     try:
+        is_page = output is not None and output.suffix == ".html"
+        _require_used(output, history, push, private=private, is_page=is_page)
+        run = None if history is None else read_history(history)
+        if card and not Path(expert).is_dir():
+            raise OptionError(
+                f"--card writes into the expert's folder, and {expert} is none. Download it first."
+            )
         looked_at = _evaluation(expert, base, evaluation, eval_data, pipeline)
         report = run_checks(
             expert, base, peers=peers or (), evaluation=looked_at, level=level, thresholds=thresholds
         )
-        if output is not None and output.suffix == ".html":
-            write_page(output, report, None if history is None else read_history(history))
+        _print_report(console(), report)
+        if output is not None and is_page:
+            write_page(output, report, run)
         elif output is not None:
             with new_file(output) as temporary:
                 temporary.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
         if card:
             write_card(expert, report, base=base)
         if push is not None:
-            run = None if history is None else read_history(history)
             made = None if base is None else fingerprint_of(expert, base)
             address = push_report(
                 resolve_folder(expert), push, report, made, base=base, history=run, private=private
             )
+            console().print(f"Uploaded to {escape(address)}", highlight=False, soft_wrap=True)
     except (MergeReadyError, OSError) as error:
         Console(stderr=True).print(
             f"[bold red]could not run:[/] {escape(str(error))}", highlight=False, soft_wrap=True
         )
         sys.exit(_COULD_NOT_RUN)
-    _print_report(console(), report)
-    if push is not None:
-        console().print(f"Uploaded to {escape(address)}", highlight=False, soft_wrap=True)
     sys.exit(report.exit_code(fail_on))
+
+
+def _require_used(
+    output: Path | None, history: Path | None, push: str | None, *, private: bool, is_page: bool
+) -> None:
+    """Refuse what would have no effect, before anything is checked."""
+    if output is not None and output.suffix not in (".html", ".json"):
+        raise OptionError(f"{output} must end with .html or .json.")
+    if history is not None and not (is_page or push is not None):
+        raise OptionError(
+            "--history draws curves on a page: pass -o with a name that ends with .html, or --push."
+        )
+    if private and push is None:
+        raise OptionError("--private is about the repository of --push, which is missing.")
 
 
 def _evaluation(

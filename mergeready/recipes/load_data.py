@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_f
 
 from mergeready.errors import OptionError, listing
 from mergeready.recipes.sources import DataSettings, Split
-from mergeready.recipes.targets import call_target, is_target
+from mergeready.targets import call_target, is_target
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 _READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}

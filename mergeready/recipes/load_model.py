@@ -13,8 +13,8 @@ from transformers import AutoImageProcessor, AutoTokenizer, set_seed
 from mergeready.errors import OptionError
 from mergeready.recipes.recipe import Recipe
 from mergeready.recipes.sources import ModelSettings
-from mergeready.recipes.targets import call_target, is_target
 from mergeready.recipes.tasks import LoraSettings
+from mergeready.targets import call_target, is_target
 
 
 def find_model(settings: ModelSettings) -> str | nn.Module:

@@ -13,7 +13,7 @@ from mergeready.errors import OptionError
 from mergeready.merging.evaluation import Evaluate
 from mergeready.recipes.recipe import Recipe
 from mergeready.recipes.sources import Split
-from mergeready.recipes.targets import call_target, is_target
+from mergeready.targets import call_target, is_target
 
 METRICS = ("accuracy", "loss")
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import pkgutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +11,7 @@ from torch import Tensor, nn
 from mergeready.errors import OptionError, listing
 from mergeready.merging.evaluation import Evaluate
 from mergeready.study.settings import SuiteSettings
+from mergeready.targets import call_target
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,22 +55,8 @@ def open_suite(settings: SuiteSettings, seed: int) -> StudySuite:
     Raises:
         OptionError: If there is no such function, it does not take these arguments, or returns something else.
     """
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
     name = settings.target
-    try:
-        function = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise OptionError(
-            f"`suite.target` must name a function as `module:function`; {name!r} was not found ({error}). Modules are "
-            "looked up where Python is installed and in the working directory."
-        ) from error
-    try:
-        suite = function(seed=seed, **settings.arguments)
-    except TypeError as error:
-        raise OptionError(
-            f"`suite.target` {name} was called with seed and {listing(settings.arguments)}: {error}."
-        ) from error
+    suite = call_target(name, "suite.target", {"seed": seed, **settings.arguments})
     if not isinstance(suite, StudySuite):
         raise OptionError(f"`suite.target` {name} must return a StudySuite, not a {type(suite).__name__}.")
     return suite

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from mergeready.errors import OptionError
-from mergeready.merging.evaluation import Evaluate
 from mergeready.merging.method import MergeMethod
 from mergeready.merging.registry import make_method
+from mergeready.targets import find_target
 from mergeready.training.difficulty.tracker import Difficulty
 from mergeready.training.monitor import DEFAULT_MEASURE
 from mergeready.training.options import MonitorOptions
@@ -77,7 +76,7 @@ class ProbeSettings(BaseModel):
         return Probe(
             merge=[merge_method(given) for given in self.merge],
             scales=self.scales,
-            evaluate=None if self.evaluate is None else _function(self.evaluate),
+            evaluate=None if self.evaluate is None else find_target(self.evaluate, "evaluate"),
             metric=self.metric,
             greater_is_better=self.greater_is_better,
             schedule=self.schedule,
@@ -180,17 +179,3 @@ def merge_method(given: str | dict[str, dict[str, Any]]) -> MergeMethod:
         raise OptionError(f"`merge` takes one method an entry, not {', '.join(given) or 'none'}.")
     [(name, parameters)] = given.items()
     return make_method(name, **parameters)
-
-
-def _function(place: str) -> Evaluate:
-    module, _, name = place.partition(":")
-    if not (module and name):
-        raise OptionError(f"`evaluate` must be 'package.module:function', not {place!r}.")
-    try:
-        found = getattr(importlib.import_module(module), name, None)
-    except ModuleNotFoundError as error:
-        raise OptionError(f"`evaluate` is {place!r}, but {error}.") from error
-    if not callable(found):
-        raise OptionError(f"`evaluate` is {place!r}, but {module} has no function {name!r}.")
-    evaluate: Evaluate = found
-    return evaluate

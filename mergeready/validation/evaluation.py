@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
 from mergeready.errors import OptionError
 from mergeready.merging.evaluation import Evaluate
+from mergeready.targets import find_target
 
 OWN = "own"
 """What the expert's own task is called."""
@@ -49,16 +49,7 @@ def load_evaluation(target: str, base: object) -> Evaluation:
     Raises:
         OptionError: If there is no such function, or it returns something else.
     """
-    import importlib
-
-    module_name, colon, name = target.partition(":")
-    if not colon or not name:
-        raise OptionError(f"{target!r} is not of the form module:function.")
-    try:
-        function: Any = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise OptionError(f"{target} cannot be imported ({error}).") from error
-    made = function(base)
+    made = find_target(target, "eval")(base)
     if not isinstance(made, Evaluation):
         raise OptionError(f"{target} returned a {type(made).__name__}, not an Evaluation.")
     return made

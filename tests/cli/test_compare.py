@@ -6,24 +6,10 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from mergeready.cli.compare_many import estimate
 from mergeready.errors import OptionError, UnsupportedError
 from mergeready.experts import Base, open_expert
 from mergeready.metrics.compare import compare_vectors
-from tests.cli.test_cli import here, run, succeed, world
-from tests.models import perturb, tiny_bert
-from tests.ranks import run_ranks
-
-__all__ = ["here", "world"]
-
-
-@pytest.fixture(scope="module")
-def crowd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("crowd")
-    tiny_bert().save_pretrained(root / "base")
-    for seed in range(1, 19):
-        perturb(tiny_bert(), seed, 0.02).save_pretrained(root / f"e{seed}")
-    return root
+from tests.cli.commands import run, succeed
 
 
 def test_every_output_of_an_exact_comparison(here: Path, tmp_path: Path) -> None:
@@ -49,45 +35,33 @@ def test_estimates_say_how_exact_they_are(here: Path) -> None:
     assert "standard errors at most 0 (cosine)" in text  # a tiny model is sampled whole
 
 
-def test_a_crowd_is_summed_up(crowd: Path, tmp_path: Path) -> None:
-    experts = [crowd / f"e{i}" for i in range(1, 19)]
-    text = succeed(
-        "compare", crowd / "base", *experts, "--estimate", "-o", tmp_path / "x.parquet",
-        "--partners-of", experts[4], "-k", "3",
-    )  # fmt: skip
-    assert "18 experts are similar to no other" in text
-    assert "Pairs that oppose each other most" in text
-    assert "Partners for e5" in text
-    assert (
-        len([line for line in text[text.index("Partners for") :].splitlines() if line.startswith("│")]) == 3
-    )
-    assert parquet.read_table(tmp_path / "x.parquet").num_rows == 18 * 17 / 2
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (["--partners-of", "x"], OptionError, "must be one of the experts, not x"),
+        (
+            ["-o", "a.xls", "-o", "b.png", "-o", "c"],
+            OptionError,
+            "a.xls, c must end with .html, .parquet, .png",
+        ),
+        (["--nearest", "-o", "x.png"], UnsupportedError, "only be written as .parquet, not x.png"),
+        (["--nearest", "--subspaces"], OptionError, "--subspaces cannot be had with it"),
+        (
+            ["--nearest", "--estimate", "--partners-of", "law"],
+            OptionError,
+            "--partners-of, --estimate cannot",
+        ),
+    ],
+)
+def test_wrong_requests_are_refused_before_anything_is_opened(
+    arguments: list[str], error: type[Exception], message: str
+) -> None:
+    done = run("compare", "no base", "law", "adapter", *arguments)
+    assert isinstance(done.exception, error)
+    assert message in str(done.exception)
 
 
-def on_a_rank(crowd: Path) -> list[list[float]]:
-    return estimate(
-        str(crowd / "base"), [str(crowd / f"e{i}") for i in range(1, 6)], strict=True
-    ).cosine.tolist()
-
-
-@pytest.mark.slow
-def test_ranks_take_fingerprints_in_turn(crowd: Path) -> None:
-    alone = on_a_rank(crowd)
-    assert run_ranks(on_a_rank, 2, crowd) == [alone, alone]
-
-
-def test_wrong_requests(here: Path, tmp_path: Path) -> None:
-    assert isinstance(run("compare", "base", "law", "adapter", "--partners-of", "x").exception, OptionError)
-    assert isinstance(
-        run("compare", "base", "law", "adapter", "-o", tmp_path / "x.xls").exception, OptionError
-    )
-    done = run("compare", "base", "law", "adapter", "--nearest", "-o", tmp_path / "x.png")
-    assert isinstance(done.exception, UnsupportedError)
-
-
-def test_nearest(crowd: Path, tmp_path: Path) -> None:
-    pytest.importorskip("faiss")
-    experts = [crowd / f"e{i}" for i in range(1, 5)]
-    text = succeed("compare", crowd / "base", *experts, "--nearest", "-k", "2", "-o", tmp_path / "x.parquet")
-    assert "Nearest experts" in text
-    assert parquet.read_table(tmp_path / "x.parquet").num_rows == 8
+def test_a_page_of_too_many_experts_is_refused_at_once(tmp_path: Path) -> None:
+    done = run("compare", "no base", *(f"e{i}" for i in range(201)), "-o", tmp_path / "x.html")
+    assert isinstance(done.exception, OptionError)
+    assert "up to 200 experts, not 201" in str(done.exception)

@@ -8,7 +8,6 @@ from typer.testing import CliRunner
 
 from mergeready import Base, compare_subspaces, open_expert
 from mergeready.cli import app
-from mergeready.cli.compare_subspaces import show_subspaces
 from mergeready.errors import OptionError
 from tests.models import perturb, tiny_bert
 
@@ -45,7 +44,9 @@ def test_fingerprints_hold_no_matrices(world: Path, tmp_path: Path) -> None:
         app, ["fingerprint", str(world / "law"), "--base", str(world / "base"), "-o", str(sketch)]
     )
     assert made.exit_code == 0, made.output
-    from rich.console import Console
-
-    with pytest.raises(OptionError, match="--subspaces needs the weights of all experts"):
-        show_subspaces(Console(), str(world / "base"), [str(world / "law"), str(sketch)], strict=True)
+    found = CliRunner().invoke(
+        app, ["compare", str(world / "base"), str(world / "law"), str(sketch), "--subspaces"]
+    )
+    assert isinstance(found.exception, OptionError)
+    assert "--subspaces needs the weights of all experts" in str(found.exception)
+    assert found.output == ""  # before anything is compared

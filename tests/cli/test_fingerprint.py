@@ -11,9 +11,7 @@ from mergeready.errors import BaseMismatchError
 from mergeready.experts import Base, open_expert
 from mergeready.experts.fingerprint import Fingerprint
 from mergeready.metrics.compare import compare_vectors
-from tests.cli.test_cli import here, run, succeed, world
-
-__all__ = ["here", "world"]
+from tests.cli.commands import run, succeed
 
 
 def numbers(text: str, title: str) -> list[list[float]]:

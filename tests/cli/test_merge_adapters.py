@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.test_cli import Main, here, main, succeed, world  # noqa: F401 - fixtures
+from tests.cli.commands import Main, succeed
 
 
-def test_an_adapter_of_adapters(here: Path, tmp_path: Path) -> None:  # noqa: F811 - a fixture
+def test_an_adapter_of_adapters(here: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     text = succeed("merge", "base", "adapter", "adapter", "--weights", "1,0.5", "--as", "adapter", "-o", out)
     assert "Merged 2 adapters with task_arithmetic" in text
@@ -16,7 +16,7 @@ def test_an_adapter_of_adapters(here: Path, tmp_path: Path) -> None:  # noqa: F8
     assert json.loads((out / "adapter_config.json").read_text())["peft_type"] == "LORA"
 
 
-def test_compression_prints_the_energy(here: Path, tmp_path: Path) -> None:  # noqa: F811 - a fixture
+def test_compression_prints_the_energy(here: Path, tmp_path: Path) -> None:
     for rank, expected in (("2", "rank 2"), ("0.9", "rank")):
         out = tmp_path / rank
         text = succeed("merge", "base", "adapter", "--as", "adapterhub", "--rank", rank, "-o", out)
@@ -38,15 +38,15 @@ def test_compression_prints_the_energy(here: Path, tmp_path: Path) -> None:  # n
 def test_what_is_wrong_is_said(
     options: list[str],
     message: str,
-    here: Path,  # noqa: F811 - a fixture
+    here: Path,
     tmp_path: Path,
-    main: Main,  # noqa: F811 - a fixture
+    main: Main,
 ) -> None:
     code, _, error = main("merge", "base", "adapter", "-o", tmp_path / "out", *options)
     assert (code, message in error) == (1, True), error
     assert not (tmp_path / "out").exists()
 
 
-def test_full_models_are_no_adapters(here: Path, tmp_path: Path, main: Main) -> None:  # noqa: F811 - fixtures
+def test_full_models_are_no_adapters(here: Path, tmp_path: Path, main: Main) -> None:
     code, _, error = main("merge", "base", "adapter", "law", "--as", "adapter", "-o", tmp_path / "out")
     assert (code, "are no adapters" in error) == (1, True)

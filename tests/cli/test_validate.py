@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from tests.cli.test_cli import run
+from tests.cli.commands import run
 from tests.hub import serving
 from tests.validation.experts import write_base, write_full
 
@@ -37,6 +37,30 @@ def test_fixes_are_shown(law: Path, tmp_path: Path) -> None:
     assert done.exit_code == 1
     assert "every parameter equals the base's" in " ".join(done.stdout.split())
     assert "fix:" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-o", "report.pdf"], "report.pdf must end with .html or .json"),
+        (["--history", "history.jsonl", "-o", "report.json"], "--history draws curves on a page"),
+        (["--private"], "--private is about the repository of --push"),
+        (["--card"], "org/law is none"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused_before_anything_is_checked(
+    arguments: list[str], message: str
+) -> None:
+    done = run("validate", "org/law", *arguments)
+    assert done.exit_code == 2
+    assert message in done.stderr
+
+
+def test_a_report_that_cannot_be_written_is_shown_all_the_same(law: Path, tmp_path: Path) -> None:
+    done = run("validate", law, "--base", tmp_path / "base", "-o", tmp_path / "nowhere" / "report.json")
+    assert done.exit_code == 2
+    assert "could not run" in done.stderr
+    assert "Not a verdict on merging" in done.stdout
 
 
 def test_push(law: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,14 +11,11 @@ from tests.study import toy
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (
-            {"target": "no_such_module:suite"},
-            "must name a function as `module:function`; 'no_such_module:suite'",
-        ),
-        ({"target": "tests.study.toy:nothing"}, "was not found"),
+        ({"target": "no_such_module:suite"}, "`suite.target` names no_such_module:suite, but No module"),
+        ({"target": "tests.study.toy:nothing"}, "has no nothing"),
         (
             {"target": "tests.study.toy:suite", "arguments": {"size": 1}},
-            "called with seed and size: .*'size'",
+            "called with seed, size, but .*'size'",
         ),
         ({"target": "builtins:dict"}, "must return a StudySuite, not a dict"),
     ],

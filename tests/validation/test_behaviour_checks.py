@@ -175,8 +175,8 @@ def test_evaluations_are_named_by_module_and_function() -> None:
     assert made.metric == "base"
     for target, message in (
         ("nothing", "module:function"),
-        ("tests.nowhere:f", "cannot be imported"),
-        ("tests.training.small:nothing", "cannot be imported"),
+        ("tests.nowhere:f", "No module named"),
+        ("tests.training.small:nothing", "has no nothing"),
         ("tests.training.small:Net", "not an Evaluation"),
     ):
         with pytest.raises(OptionError, match=message):

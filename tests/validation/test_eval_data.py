@@ -17,7 +17,7 @@ from transformers import BertForSequenceClassification, PreTrainedTokenizerFast
 from mergeready.errors import OptionError
 from mergeready.transformers.pipelines import text_classification
 from mergeready.validation import validate
-from tests.cli.test_cli import run
+from tests.cli.commands import run
 from tests.models import perturb, tiny_bert, tiny_encoder
 
 WORDS = [f"w{number}" for number in range(62)]

@@ -1,4 +1,4 @@
-"""Anything in Python that a recipe names as ``module:function``."""
+"""Anything in Python that users name as ``module:function``, in recipes, studies, settings and options."""
 
 from __future__ import annotations
 
@@ -29,11 +29,13 @@ def find_target(name: str, key: str) -> Callable[..., Any]:
 
     Args:
         name: ``module:function``.
-        key: The recipe's key, for messages.
+        key: The setting or option that names it, for messages.
 
     Raises:
         OptionError: If there is no such module or function.
     """
+    if not is_target(name):
+        raise OptionError(f"`{key}` must be module:function, not {name!r}.")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     module, _, attribute = name.partition(":")
@@ -60,8 +62,16 @@ def call_target(name: str, key: str, arguments: Mapping[str, Any]) -> Any:
     """
     function = find_target(name, key)
     try:
-        inspect.signature(function).bind(**arguments)
+        _signature(function).bind(**arguments)
     except TypeError as error:
         given = ", ".join(arguments) or "no arguments"
         raise OptionError(f"`{key}`: {name} is called with {given}, but {error}.") from error
     return function(**arguments)
+
+
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    try:
+        return inspect.signature(function)
+    except ValueError:  # some built-in ones do not tell theirs: any arguments are tried
+        kinds = {"args": inspect.Parameter.VAR_POSITIONAL, "kwargs": inspect.Parameter.VAR_KEYWORD}
+        return inspect.Signature([inspect.Parameter(name, kind) for name, kind in kinds.items()])

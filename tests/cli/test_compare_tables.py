@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mergeready.experts import Base, open_expert
+from mergeready.metrics.compare import compare_vectors
+from tests.cli.commands import Main, numbers, succeed
+
+
+class TestCompare:
+    def test_every_number(self, here: Path) -> None:
+        text = succeed("compare", "base", "law", "code[bold]", "adapter")
+        base = Base.open(here / "base")
+        vectors = [open_expert(here / name, base).vector for name in ("law", "code[bold]", "adapter")]
+        exact = compare_vectors(vectors, base.source)
+        for index, label in enumerate(("law", "code[bold]", "adapter")):
+            rows = [line for line in text.splitlines() if f" {label} " in line]
+            assert len(rows) == 3
+            norm, share = numbers(rows[0])
+            assert norm == pytest.approx(exact.norms[index], rel=1e-3)
+            assert share == pytest.approx(100 * exact.relative_norms[index], abs=0.01)
+            for line, matrix in zip(rows[1:], (exact.cosine, exact.sign_conflict), strict=True):
+                others = [value for other, value in enumerate(matrix[index]) if other != index]
+                assert numbers(line) == pytest.approx(others, abs=1e-3)
+        last = " ".join(text.split())
+        assert f"Norm ratio {exact.norm_ratio:.2f}." in last
+        assert f"Sign conflict of all together {exact.conflict_of_all:.3f}" in last
+        assert "These are diagnostics: they predict merged quality badly." in last
+
+    @pytest.mark.parametrize("suffix", [".png", ".svg"])
+    def test_heatmaps(self, suffix: str, here: Path, tmp_path: Path) -> None:
+        path = tmp_path / f"heatmap{suffix}"
+        text = succeed("compare", "base", "law", "code[bold]", "-o", path)
+        assert "Wrote" in text
+        assert path.stat().st_size > 1000
+
+    def test_heads_stay_out_when_that_is_allowed(self, here: Path, main: Main) -> None:
+        code, _, error = main("compare", "encoder", "law", "code[bold]")
+        assert (code, "classifier.weight" in error) == (1, True)
+        assert "code[bold]" in succeed("compare", "encoder", "law", "code[bold]", "--no-strict")
