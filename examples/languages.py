@@ -20,6 +20,14 @@ logging.disable_progress_bar()
 logging.set_verbosity_error()
 
 RUNS = Path("example-runs")
+QUIET = {
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "logging_strategy": "no",
+    "save_strategy": "no",
+    "report_to": "none",
+}
+"""Arguments of a Trainer on the processor whose only output is what the scripts print."""
 TASKS = {
     "north": ["Dutch", "English", "Finnish", "Polish"],
     "south": ["Basque", "French", "Swahili", "Turkish"],

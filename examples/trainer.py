@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from languages import accuracy, examples, load_model, make_base, make_expert, show
+from languages import QUIET, accuracy, examples, load_model, make_base, make_expert, show
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from mergeready import MergedPlateau, Peer, Probe, Schedule
@@ -29,11 +29,7 @@ trainer = Trainer(
         per_device_train_batch_size=16,
         learning_rate=3e-3,
         lr_scheduler_type="constant",
-        use_cpu=True,
-        disable_tqdm=True,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
+        **QUIET,
     ),
     train_dataset=examples("north", "train"),
     callbacks=[callback],

@@ -5,7 +5,7 @@ The peer is a full checkpoint; adapters and checkpoints mix.
 
 import argparse
 
-from languages import accuracy, examples, load_model, make_base, make_expert, show
+from languages import QUIET, accuracy, examples, load_model, make_base, make_expert, show
 from peft import LoraConfig, get_peft_model
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
@@ -31,11 +31,7 @@ trainer = Trainer(
         per_device_train_batch_size=16,
         learning_rate=1e-2,
         lr_scheduler_type="constant",
-        use_cpu=True,
-        disable_tqdm=True,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
+        **QUIET,
     ),
     train_dataset=examples("north", "train"),
     callbacks=[callback],

@@ -6,7 +6,7 @@ The task of this run: say what kind of thing a definition is of. The peer's: say
 import argparse
 
 import torch
-from languages import RUNS, show
+from languages import QUIET, RUNS, show
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -48,12 +48,8 @@ def tune(task, callbacks):
         per_device_train_batch_size=8,
         learning_rate=1e-3,
         max_length=160,
-        use_cpu=True,
         bf16=False,
-        disable_tqdm=True,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
+        **QUIET,
     )
     model = AutoModelForCausalLM.from_pretrained(tiny.llama())
     data = definitions(task)["train"]

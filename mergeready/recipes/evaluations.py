@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from mergeready.recipes.classes import CLASS, Classes
 Collate = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Tensor]]
 
 
-class ByExample:
+class ByExample(ABC):
     """Evaluates a model on encoded examples in batches, one number an example.
 
     Args:
@@ -43,9 +44,9 @@ class ByExample:
                 found.setdefault(name, []).append(value.float().cpu())
         return {name: torch.cat(parts) for name, parts in found.items()}
 
+    @abstractmethod
     def measure(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The metric of each example of a batch."""
-        raise NotImplementedError
 
 
 class ClassMetric(ByExample):

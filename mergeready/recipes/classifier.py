@@ -1,0 +1,72 @@
+"""What classifiers of texts and of images have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from datasets import Dataset
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from mergeready.recipes.arguments import training_arguments
+from mergeready.recipes.classes import CLASS, Classes
+from mergeready.recipes.evaluations import ClassMetric, Collate
+from mergeready.recipes.load_model import load_model, with_trained
+from mergeready.recipes.prepared import Prepared, evaluations
+from mergeready.recipes.recipe import Recipe
+from mergeready.recipes.sources import Split
+
+
+def load_classifier(
+    recipe: Recipe, found: str | nn.Module, auto: Any, classes: Classes, **options: Any
+) -> nn.Module:
+    """The model with a head for the classes, which its configuration names."""
+    names = dict(enumerate(classes.names))
+    numbers = {name: index for index, name in names.items()}
+    return load_model(recipe, found, auto, num_labels=len(names), id2label=names, label2id=numbers, **options)
+
+
+def prepare_classifier(
+    recipe: Recipe,
+    found: str | nn.Module,
+    model: nn.Module,
+    classes: Classes,
+    splits: dict[Split, Dataset],
+    raw: dict[Split, Dataset],
+    processor: Any,
+    collate: Collate,
+) -> Prepared:
+    """A Trainer that fine-tunes a classifier, and its evaluations.
+
+    Args:
+        recipe: The recipe.
+        found: Where the model is from.
+        model: The classifier.
+        classes: Its classes.
+        splits: Examples as ``collate`` takes them.
+        raw: Examples as they were loaded.
+        processor: Tokenizer or image processor.
+        collate: Makes a batch of examples.
+
+    Raises:
+        OptionError: If nothing is left to train, or there is no such evaluation.
+    """
+    wanted = recipe.optimisation
+    trainer = Trainer(
+        with_trained(recipe, model),
+        TrainingArguments(
+            **training_arguments(recipe, len(splits["train"])),
+            remove_unused_columns=False,
+            label_names=[CLASS],
+        ),
+        train_dataset=splits["train"],
+        data_collator=collate,
+        processing_class=processor,
+        compute_loss_func=classes.loss(),
+    )
+
+    def built_in(metric: str, data: Dataset) -> ClassMetric:
+        return ClassMetric(metric, classes, data, collate, 4 * wanted.batch_size, wanted.precision)
+
+    made = evaluations(recipe, "accuracy", splits, raw, processor, built_in)
+    return Prepared(trainer, processor, made, found if isinstance(found, str) else None)
