@@ -84,7 +84,7 @@ def letters(task: str = "letter", count: int = 640) -> DatasetDict:
         rng = np.random.default_rng(seed)
         rows: dict[str, list[Any]] = {"image": [], "label": []}
         for letter, face in zip(
-            rng.integers(len(_LETTERS), size=size), rng.integers(8, size=size), strict=True
+            rng.integers(len(_LETTERS), size=size), rng.integers(len(_FACES), size=size), strict=True
         ):
             rows["image"].append(_picture(_LETTERS[letter], list(_FACES.values())[face], rng))
             rows["label"].append(int(letter if task == "letter" else face))

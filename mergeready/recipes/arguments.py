@@ -7,17 +7,9 @@ from typing import Any
 from mergeready.recipes.recipe import Recipe
 
 
-def training_arguments(recipe: Recipe, examples: int) -> dict[str, Any]:
-    """Arguments of ``TrainingArguments``, and of TRL's, which extend them.
-
-    Args:
-        recipe: The recipe.
-        examples: Number of training examples, to know a tenth of the run.
-    """
+def training_arguments(recipe: Recipe) -> dict[str, Any]:
+    """Arguments of ``TrainingArguments``, and of TRL's, which extend them."""
     wanted = recipe.optimisation
-    steps = wanted.steps
-    if steps is None:
-        steps = int((wanted.epochs or 1) * examples / (wanted.batch_size * wanted.accumulate))
     made: dict[str, Any] = {
         "output_dir": recipe.output,
         "learning_rate": wanted.learning_rate,
@@ -35,7 +27,7 @@ def training_arguments(recipe: Recipe, examples: int) -> dict[str, Any]:
         "fp16": wanted.precision == "float16",
         "use_cpu": wanted.device == "cpu",
         "save_strategy": "steps",
-        "save_steps": wanted.save_every or max(steps // 10, 1),
+        "save_steps": wanted.save_every or 0.1,  # below one, a share of the run
         "save_total_limit": 1,
         "logging_steps": wanted.log_every,
         "report_to": "none",

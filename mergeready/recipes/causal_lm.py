@@ -32,11 +32,11 @@ def prepare_causal_lm(recipe: Recipe, task: CausalLM) -> Prepared:
         ) from error
     raw = load_data(recipe.data, recipe.optimisation.seed)
     _require_texts(raw["train"], task)
-    found = find_model(recipe.model)
+    found = find_model(recipe)
     tokenizer = load_tokenizer(recipe, found)
     model = with_trained(recipe, load_model(recipe, found, AutoModelForCausalLM))
     arguments = trl.SFTConfig(
-        **{"gradient_checkpointing": False, **training_arguments(recipe, len(raw["train"]))},
+        **{"gradient_checkpointing": False, **training_arguments(recipe)},
         max_length=task.max_tokens,
         packing=task.packing,
         assistant_only_loss=task.assistant_only,

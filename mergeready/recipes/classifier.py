@@ -54,11 +54,7 @@ def prepare_classifier(
     wanted = recipe.optimisation
     trainer = Trainer(
         with_trained(recipe, model),
-        TrainingArguments(
-            **training_arguments(recipe, len(splits["train"])),
-            remove_unused_columns=False,
-            label_names=[CLASS],
-        ),
+        TrainingArguments(**training_arguments(recipe), remove_unused_columns=False, label_names=[CLASS]),
         train_dataset=splits["train"],
         data_collator=collate,
         processing_class=processor,

@@ -17,7 +17,14 @@ Key: TypeAlias = tuple[str | int, ...]
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain YAML 1.1, in which ``1e-4`` is a number as well and not a text."""
+    """Plain YAML 1.1, in which ``1e-4`` is a number as well and not a text, and a key ``on`` is no truth value."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if key.tag == "tag:yaml.org,2002:bool":
+                key.tag = "tag:yaml.org,2002:str"
+        made: dict[Any, Any] = super().construct_mapping(node, deep)
+        return made
 
 
 _Loader.add_implicit_resolver(

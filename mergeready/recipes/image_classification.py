@@ -24,7 +24,7 @@ def prepare_image_classification(recipe: Recipe, task: ImageClassification) -> P
         OptionError: If model or data are not as the recipe says.
     """
     raw, classes = load_classes(recipe, [task.image], task.label)
-    found = find_model(recipe.model)
+    found = find_model(recipe)
     processor = load_image_processor(recipe, found)
 
     def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:

@@ -12,19 +12,20 @@ from transformers import AutoImageProcessor, AutoTokenizer, set_seed
 
 from mergeready.errors import OptionError
 from mergeready.recipes.recipe import Recipe
-from mergeready.recipes.sources import ModelSettings
 from mergeready.recipes.tasks import LoraSettings
 from mergeready.targets import call_target, is_target
 
 
-def find_model(settings: ModelSettings) -> str | nn.Module:
-    """A folder, a hub id, or a model that a function made.
+def find_model(recipe: Recipe) -> str | nn.Module:
+    """A folder, a hub id, or a model that a function made, which draws with the recipe's seed.
 
     Raises:
         OptionError: If a function returns anything else.
     """
+    settings = recipe.model
     if not is_target(settings.name):
         return settings.name
+    set_seed(recipe.optimisation.seed)
     found = call_target(settings.name, "model", settings.arguments)
     if isinstance(found, str | Path):
         return str(found)
@@ -69,6 +70,8 @@ def load_image_processor(recipe: Recipe, found: str | nn.Module) -> Any:
 def with_trained(recipe: Recipe, model: nn.Module) -> nn.Module:
     """The model with its frozen parameters frozen, or with adapters.
 
+    Adapters are drawn with the recipe's seed alone, so those of a team start alike whatever their heads have drawn.
+
     Raises:
         OptionError: If a pattern of ``freeze`` finds no parameter, or nothing is left to train.
     """
@@ -88,6 +91,7 @@ def with_trained(recipe: Recipe, model: nn.Module) -> nn.Module:
     import peft
 
     kind = "SEQ_CLS" if recipe.task.kind == "text-classification" and hasattr(model, "classifier") else None
+    set_seed(recipe.optimisation.seed)
     adapted: nn.Module = peft.get_peft_model(model, lora_config(recipe.task.lora, kind))
     return adapted
 

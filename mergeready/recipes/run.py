@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -85,8 +86,12 @@ class Run:
         arguments = self.prepared.trainer.args
         if arguments.max_steps > 0:
             return int(arguments.max_steps)
-        batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
-        return int(arguments.num_train_epochs * len(self.prepared.trainer.train_dataset) / batch)
+        # As the Trainer counts: parts of batches, and of accumulated steps, are whole ones.
+        examples = len(self.prepared.trainer.train_dataset)
+        batches = math.ceil(examples / (arguments.train_batch_size * arguments.world_size))
+        steps = math.ceil(batches / arguments.gradient_accumulation_steps)
+        total: int = math.ceil(arguments.num_train_epochs * steps)
+        return total
 
     def train(self, until: int | None = None, peers: Sequence[PeerLike] | None = None) -> None:
         """Train to the end, or until a step, from the newest checkpoint if there is one.

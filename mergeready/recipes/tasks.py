@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 
 from mergeready.recipes.sources import STRICT
 
@@ -63,6 +63,13 @@ class ImageClassification(BaseModel):
     """Names of the classes for the prompt, where the dataset has none that a reader would understand."""
     lora: LoraSettings | None = None
     """Train adapters; left out, the whole model."""
+
+    @field_validator("prompt")
+    @classmethod
+    def _has_place(cls, prompt: str) -> str:
+        if prompt.replace("{}", "", 1) == prompt or set("{}") & set(prompt.replace("{}", "", 1)):
+            raise ValueError("write {} once, where the name of the class goes, and no other braces")
+        return prompt
 
 
 class CausalLM(BaseModel):

@@ -21,7 +21,7 @@ def prepare_text_classification(recipe: Recipe, task: TextClassification) -> Pre
     """
     columns = [task.text] if isinstance(task.text, str) else task.text
     raw, classes = load_classes(recipe, columns, task.label)
-    found = find_model(recipe.model)
+    found = find_model(recipe)
     tokenizer = load_tokenizer(recipe, found)
 
     def encode(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -74,6 +74,13 @@ def test_numbers_without_a_point_are_numbers(text: str, value: object) -> None:
     assert type(parse_value(text)) is type(value)
 
 
+def test_keys_are_names_even_where_yaml_means_yes_and_no() -> None:
+    document = parse_document("a: {on: yes, no: {off: 1}}\n")
+    assert document.content == {"a": {"on": True, "no": {"off": 1}}}
+    assert document.lines[("a", "no", "off")] == 1
+    assert parse_value("{on: merged}") == {"on": "merged"}
+
+
 def test_anchors_keep_their_lines() -> None:
     document = parse_document("a: &x {b: 1}\nc:\n  <<: *x\n  d: 2\n")
     assert document.content["c"] == {"b": 1, "d": 2}

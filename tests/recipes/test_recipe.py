@@ -68,6 +68,12 @@ def broken(text: str) -> list[str]:
         ),
         ("output:", "mergeready: {stop: {merged_plateau: {patience: 0}}}\noutput:", 7, "at least 1, not 0"),
         ("output:", "team: {members: {a: {}}}\noutput:", 7, "team.members"),
+        (
+            "{kind: text-classification}",
+            "{kind: image-classification, prompt: a photo}",
+            3,
+            "`task.prompt`: write {} once",
+        ),
     ],
 )
 def test_errors_name_line_key_and_fix(old: str, new: str, line: int | None, words: str) -> None:

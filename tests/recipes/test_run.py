@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,11 @@ from mergeready import read_history
 from mergeready.errors import OptionError, OutputExistsError
 from mergeready.recipes import parse_recipe, read_recipe
 from mergeready.recipes.classes import Classes
-from mergeready.recipes.result import RunResult
-from mergeready.recipes.run import prepare, run_recipe
+from mergeready.recipes.result import RunResult, read_result
+from mergeready.recipes.resume import newest_checkpoint
+from mergeready.recipes.run import Run, prepare, run_recipe
 from mergeready.recipes.team import run_team
+from mergeready.training.techniques.registry import make_technique
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -123,6 +128,40 @@ def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_happened(
     assert histories[0].read_bytes() == histories[1].read_bytes()
 
 
+def test_what_a_function_draws_is_drawn_with_the_seed(tmp_path: Path) -> None:
+    given = content(tmp_path / "run", freeze=["bert"])
+    given["model"] = {"name": "tests.recipes.score:model", "processor": "mergeready.recipes.tiny:text"}
+    states = []
+    for _ in range(2):
+        torch.rand(3)
+        states.append(prepare(parse_recipe(given)).trainer.model.state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_adapters_of_a_team_start_alike_whatever_their_heads_are(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    drawn = []
+    for task in ("udhr", "emoji_name"):
+        given = content(tmp_path / task)
+        given["data"]["with"] = {"task": task}
+        given["task"]["lora"] = {"rank": 2, "targets": ["query"]}
+        state = prepare(parse_recipe(given)).trainer.model.state_dict()
+        drawn.append({name: value for name, value in state.items() if "lora_A" in name})
+    assert drawn[0]
+    assert all(torch.equal(value, drawn[1][name]) for name, value in drawn[0].items())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_steps_are_counted_as_the_trainer_counts(tmp_path: Path, accumulate: int) -> None:
+    given = content(tmp_path / "run", batch_size=6, accumulate=accumulate, save_every=None)
+    given["optimisation"] = {k: v for k, v in given["optimisation"].items() if k != "steps"} | {"epochs": 1.5}
+    given["mergeready"] = {"probe": False, "picks": False}
+    run = Run(parse_recipe(given), prepare(parse_recipe(given)))
+    counted = run.total_steps
+    run.train()
+    assert run.prepared.trainer.state.global_step == counted == {1: 9, 2: 5}[accumulate]
+
+
 def test_accumulation_changes_nothing(tmp_path: Path) -> None:
     """One step of 8 examples at once is one step of 4 times 2: loss and gradient are means over all of them."""
     norms = []
@@ -212,6 +251,42 @@ def test_a_team_trains_in_rounds_and_resumes(tmp_path: Path, exchange: str) -> N
     (tmp_path / "team/result.json").unlink()
     assert run_team(recipe) == result
     assert (tmp_path / "team/a/expert/model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_the_papers_protocol_lowers_the_rate_on_a_plateau_and_stops_at_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flat = ["optimisation.steps=12", "optimisation.learning_rate=1e-12"]
+    recipe = read_recipe(ROOT / "recipes/paper/protocol.yaml", flat, quick=True)
+    run_team(recipe)
+    for name in ("letter", "face"):
+        found = read_result(tmp_path / recipe.output / name)
+        # Probes at 2, 4, … : 4 and 6 are the first plateau, 8 and 10 the second, in the team's second round.
+        assert found.steps == 10
+        assert found.stopped == "expert metric: plateau 2, after 1 lower learning rates"
+        state = newest_checkpoint(tmp_path / recipe.output / name)
+        log = json.loads((state / "trainer_state.json").read_text())["log_history"]  # type: ignore[operator]
+        factors = {e["step"]: e[FACTOR] for e in log if FACTOR in e}
+        # A factor is logged with the step that it held for; step 7 is the first of the second round.
+        assert factors[6] == 1.0
+        assert factors[8] == pytest.approx(0.1)
+
+
+FACTOR = "mergeready/plateau_schedule/factor"
+
+
+def test_the_papers_baseline_is_the_command_that_its_readme_gives() -> None:
+    text = (ROOT / "recipes/paper/README.md").read_text()
+    command = next(block for block in text.split("```") if "cosine" in block and "mergeready train" in block)
+    words = shlex.split(command.removeprefix("console").replace("\\\n", " "))
+    changes = [value for option, value in pairwise(words) if option == "--set"]
+    recipe = read_recipe(ROOT / words[2], changes)
+    assert (recipe.optimisation.schedule, recipe.mergeready.techniques) == ("cosine", [])
+    assert recipe.mergeready.on_stop == "record"
+    [technique] = read_recipe(ROOT / words[2]).mergeready.techniques
+    assert make_technique(technique) == recipe.mergeready.stop.plateau_schedule
 
 
 @pytest.mark.slow
