@@ -74,7 +74,7 @@ def print_summary(screen: Console, pairs: AllPairs) -> None:
     import numpy as np
 
     from mergeready.metrics.compatible import groups
-    from mergeready.metrics.heatmap import short_labels
+    from mergeready.metrics.labels import short_labels
 
     labels = short_labels(pairs.labels)
     table = Table(title=f"{len(labels)} experts in groups of similar ones", title_justify="left")
@@ -107,7 +107,7 @@ def print_summary(screen: Console, pairs: AllPairs) -> None:
 def print_partners(screen: Console, pairs: AllPairs, chosen: int, count: int) -> None:
     """Partners for one expert, one after the other."""
     from mergeready.metrics.compatible import most_compatible
-    from mergeready.metrics.heatmap import short_labels
+    from mergeready.metrics.labels import short_labels
 
     labels = short_labels(pairs.labels)
     table = Table(title=f"Partners for {escape(labels[chosen])}, in this order", title_justify="left")
@@ -166,7 +166,7 @@ def show_nearest(
 ) -> None:
     """The nearest experts of each, printed for a few and written as a table."""
     from mergeready.experts import Base
-    from mergeready.metrics.heatmap import short_labels
+    from mergeready.metrics.labels import short_labels
     from mergeready.metrics.neighbours import nearest_experts, write_neighbours
     from mergeready.weights.ranks import Ranks
 

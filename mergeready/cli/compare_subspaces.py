@@ -42,7 +42,7 @@ def print_subspaces(screen: Console, found: SubspaceComparison) -> None:
     """Two tables and two sentences."""
     from rich.table import Table
 
-    from mergeready.metrics.heatmap import short_labels
+    from mergeready.metrics.labels import short_labels
 
     labels = [escape(label) for label in short_labels(found.labels)]
     table = Table(title="Singular directions", title_justify="left")

@@ -47,7 +47,7 @@ def print_comparison(screen: Console, comparison: Comparison) -> None:
 
 
 def _print_sizes(screen: Console, comparison: Pairs, columns: Mapping[str, Sequence[str]]) -> None:
-    from mergeready.metrics.heatmap import short_labels
+    from mergeready.metrics.labels import short_labels
 
     table = Table(title="Task vectors", title_justify="left")
     table.add_column("", justify="right")
@@ -60,7 +60,7 @@ def _print_sizes(screen: Console, comparison: Pairs, columns: Mapping[str, Seque
 
 
 def _print_pairs(screen: Console, comparison: Pairs) -> None:
-    from mergeready.metrics.heatmap import short_labels
+    from mergeready.metrics.labels import short_labels
 
     for title, matrix in (("Cosine", comparison.cosine), ("Sign conflict", comparison.sign_conflict)):
         table = Table(title=f"{title} (0.5 by chance)" if title != "Cosine" else title, title_justify="left")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mergeready.metrics.compare import Pairs
+from mergeready.metrics.labels import short_labels
 
 _MOST_NUMBERS = 24
 """Experts up to which each cell says its number."""
@@ -36,16 +37,6 @@ def draw_pairs(figure: Any, comparison: Pairs) -> None:
     _panel(panels[0], comparison.cosine, labels, "cosine", "RdBu_r", (-1.0, 1.0))
     _panel(panels[1], comparison.sign_conflict, labels, "sign conflict (0.5 by chance)", "RdBu_r", (0.0, 1.0))
     _panel(panels[2], ratios, labels, "norm ratio", "Purples", (1.0, max(5.0, *(max(row) for row in ratios))))
-
-
-def short_labels(labels: Sequence[str]) -> list[str]:
-    """The last part of each path, as long as these differ; the labels themselves otherwise.
-
-    >>> short_labels(["experts/law", "experts/code/"])
-    ['law', 'code']
-    """
-    short = [label.rstrip("/").rpartition("/")[2] for label in labels]
-    return short if len(set(short)) == len(short) else list(labels)
 
 
 def _panel(

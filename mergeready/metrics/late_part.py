@@ -14,6 +14,7 @@ from mergeready.experts.frame import Frame
 from mergeready.experts.svd import thin_svd
 from mergeready.experts.task_vector import TaskVector, require_finite
 from mergeready.metrics.gram import GramAccumulator
+from mergeready.metrics.labels import distinct_labels
 from mergeready.metrics.norms import NormAccumulator
 from mergeready.metrics.sign_conflict import SignConflictAccumulator
 from mergeready.metrics.spectrum import TOP, spectrum_of
@@ -27,7 +28,7 @@ class PartOfRun:
 
     Attributes:
         norm: ‖part‖.
-        cosine: Cosine with each peer.
+        cosine: Cosine with each peer, by its label; a label that occurs again is numbered.
         sign_conflict: Share of conflicting signs with each peer; 0.5 by chance.
         stable_rank: Mean of ‖·‖²_F / ‖·‖²₂ over matrices.
         effective_rank: Mean effective rank over matrices.
@@ -99,13 +100,14 @@ def late_part(end: TaskVector, pick: TaskVector, peers: Sequence[TaskVector], ba
             f"{end.label} equals {pick.label}: there is no late part. Pick an earlier step."
         )
     cosines, conflicts = gram.cosines(), signs.pairwise()
+    labels = distinct_labels([peer.label for peer in peers])
 
     def describe(index: int) -> PartOfRun:
         stable, effective, top = _mean_spectrum(parts[index])
         return PartOfRun(
             norm=norms.norm(index),
-            cosine={peer.label: float(cosines[index, 3 + i]) for i, peer in enumerate(peers)},
-            sign_conflict={peer.label: float(conflicts[index, 3 + i]) for i, peer in enumerate(peers)},
+            cosine=dict(zip(labels, cosines[index, 3:].tolist(), strict=True)),
+            sign_conflict=dict(zip(labels, conflicts[index, 3:].tolist(), strict=True)),
             stable_rank=stable,
             effective_rank=effective,
             top_energy=top,

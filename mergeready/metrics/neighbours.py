@@ -89,17 +89,24 @@ def nearest_experts(
     index.hnsw.efConstruction = _EFFORT
     index.hnsw.efSearch = max(_EFFORT, 2 * count)
     index.add(vectors)
-    cosine, nearest = index.search(vectors, count + 1)
-    others = [
-        [(j, c) for j, c in zip(row, values, strict=True) if j != i][:count]
-        for i, (row, values) in enumerate(zip(nearest.tolist(), cosine.tolist(), strict=True))
-    ]
+    _, nearest = index.search(vectors, count + 1)
+    others = np.empty((len(experts), count), dtype=np.int64)
+    for i, row in enumerate(nearest):
+        known = row[(row != i) & (row >= 0)][:count]
+        others[i] = known if len(known) == count else _others(vectors, i, count)
     return Neighbours(
         labels=[expert.label for expert in experts],
-        nearest=np.array([[j for j, _ in row] for row in others], dtype=np.int64),
-        cosine=np.array([[c for _, c in row] for row in others], dtype=np.float32),
+        nearest=others,
+        cosine=np.stack([vectors[row] @ vectors[i] for i, row in enumerate(others)]),
         error=1 / math.sqrt(width),
     )
+
+
+def _others(vectors: NDArray[np.float32], index: int, count: int) -> NDArray[np.int64]:
+    """The nearest others by all inner products: where many experts are one, the graph's links do not lead away."""
+    cosine = vectors @ vectors[index]
+    cosine[index] = -np.inf
+    return np.argsort(-cosine, kind="stable")[:count]
 
 
 def _sketch(block: SampledBlock, layout: Layout, width: int) -> Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 from mergeready.errors import OptionError
 from mergeready.metrics.all_pairs import AllPairs
 from mergeready.metrics.compatible import Groups, most_compatible
-from mergeready.metrics.heatmap import short_labels
+from mergeready.metrics.labels import short_labels
 from mergeready.weights.atomic import new_file
 
 MOST = 200

@@ -29,6 +29,11 @@ class RoundingAccumulator(Accumulator):
         # Expected squared error; squared norm of everything; entries of rounded weights, and those equal to the base.
         self.sums = torch.zeros(4, dtype=torch.float64)
 
+    def needs_base(self, name: str) -> bool:
+        """Whether a parameter's rounding depends on the base's values, which most of an adapter's does not."""
+        rounded = self._rounded.get(name)
+        return rounded is not None and rounded.of != "factors"
+
     def update(self, chunk: Chunk) -> None:
         delta = chunk.deltas[0]
         self.sums[1] += squared_norm(delta)

@@ -62,7 +62,7 @@ def take_fingerprint(
     squares: dict[str, float] = {}
     samples: dict[str, Tensor] = {}
     rounded = vector.rounded()
-    rounding = RoundingAccumulator(rounded)
+    rounding = RoundingAccumulator(rounded) if rounded else None
     for name in vector.infos:
         squares[name], samples[name] = _norm_and_samples(vector, base, rounding, name, total, budget)
     require_finite(vector.label, squares)
@@ -83,22 +83,26 @@ def take_fingerprint(
         subspaces=sketches,
         total=total,
         budget=budget,
-        facts={**({"resolution": rounding.resolution()} if rounded else {}), **(facts or {})},
+        facts={**({} if rounding is None else {"resolution": rounding.resolution()}), **(facts or {})},
     )
 
 
 def _norm_and_samples(
-    vector: TaskVector, base: Base, rounding: RoundingAccumulator, name: str, total: int, budget: int
+    vector: TaskVector, base: Base, rounding: RoundingAccumulator | None, name: str, total: int, budget: int
 ) -> tuple[float, Tensor]:
     info = vector.infos[name]
     wanted, order = torch.sort(coordinates(name, info.numel, sample_count(info.numel, total, budget)))
     values = torch.empty(len(wanted))
     square = 0.0
     for start, stop in chunk_ranges(info):
-        original = base.source.read_flat(name, start, stop).float()
+        original = None
+        if rounding is not None and rounding.needs_base(name):
+            original = base.source.read_flat(name, start, stop).float()
         chunk = vector.flat(name, start, stop, original)
         square += squared_norm(chunk)
-        rounding.update(Chunk(name, original.to(chunk.device), [chunk], start))
+        if rounding is not None:
+            original = torch.zeros_like(chunk) if original is None else original.to(chunk.device)
+            rounding.update(Chunk(name, original, [chunk], start))
         first, last = torch.searchsorted(wanted, torch.tensor([start, stop])).tolist()
         values[order[first:last]] = chunk[(wanted[first:last] - start).to(chunk.device)].cpu()
     # As files hold them: a fingerprint in memory and the same from a file then say the same.

@@ -12,6 +12,7 @@ from mergeready.experts.base import Base
 from mergeready.experts.open import ExpertLike, open_experts
 from mergeready.merging.evaluation import Score
 from mergeready.merging.in_place import MergedInPlace
+from mergeready.metrics.labels import distinct_labels
 from mergeready.training.batches import (
     Batches,
     Forward,
@@ -32,7 +33,8 @@ class Disentanglement:
 
     Attributes:
         error: ξ, the sum over tasks.
-        tasks: By expert: share of its inputs on which the merge decides otherwise than the expert alone.
+        tasks: Share of each expert's inputs on which the merge decides otherwise than the expert alone, by its label; a
+            label that occurs again is numbered.
     """
 
     error: float
@@ -93,14 +95,14 @@ def disentanglement_error(
     forwards = one_each(forward, forward_logits, len(inputs))
     differing: dict[str, Estimate] = {}
     total = 0.0
-    for place, expert in enumerate(vectors):
+    labels = distinct_labels([expert.label for expert in vectors])
+    for place in range(len(vectors)):
         alone = [float(i == place) * factor for i, factor in enumerate(factors)]
         own = _decisions(model, opened, vectors, alone, inputs[place], forwards[place])
         merged = _decisions(model, opened, vectors, factors, inputs[place], forwards[place])
         different = (own != merged).double().numpy()
         total += float(different.mean())
-        label = expert.label if expert.label not in differing else f"{expert.label} ({place + 1})"
-        differing[label] = estimate(Score(float(different.mean()), different))
+        differing[labels[place]] = estimate(Score(float(different.mean()), different))
     return Disentanglement(error=total, tasks=differing)
 
 

@@ -55,7 +55,7 @@ class Masters:
         self._given = given
         self._copies: Mapping[str, Tensor] = {}
         self._stepped: dict[tuple[int, ...], list[Tensor]] = {}
-        self._known: dict[str, Finer] = {}
+        self._places: dict[str, int] = {}
 
     @property
     def needed(self) -> bool:
@@ -102,15 +102,11 @@ class Masters:
         if own in self._copies:
             return [self._copies[own]]
         parameter = self._parameters[own]
-        found = next((copy for copy in self._candidates(own) if _rounds_to(parameter, copy)), None)
-        if found is not None:
-            self._known[own] = found
-        return found
+        kept = next((copy for copy in self._kept_beside(parameter) if _rounds_to(parameter, copy)), None)
+        return self._stepped_for(own, parameter) if kept is None else kept
 
-    def _candidates(self, name: str) -> Iterator[Finer]:
-        if name in self._known:
-            yield self._known[name]
-        parameter = self._parameters[name]
+    def _kept_beside(self, parameter: Tensor) -> Iterator[Finer]:
+        """What optimizers hold in their state of a parameter."""
         for optimizer in self._optimizers:
             for key, value in optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor) and _alike(parameter, value):
@@ -118,9 +114,15 @@ class Masters:
                         yield [parameter, value]
                     elif value.dtype == torch.float32:
                         yield [value]
-        for stepped in self._stepped.get(tuple(parameter.shape), []):
-            if _alike(parameter, stepped):
-                yield [stepped]
+
+    def _stepped_for(self, name: str, parameter: Tensor) -> Finer | None:
+        """Which of the tensors that optimizers step is a parameter's copy; first that in the place of last time."""
+        stepped, last = self._stepped.get(tuple(parameter.shape), []), self._places.get(name)
+        for place in sorted(range(len(stepped)), key=lambda place: place != last):
+            if _alike(parameter, stepped[place]) and _rounds_to(parameter, [stepped[place]]):
+                self._places[name] = place
+                return [stepped[place]]
+        return None
 
 
 def _stepped(optimizer: Any) -> Iterator[Tensor]:

@@ -7,7 +7,7 @@ import torch
 from matplotlib.image import imread
 
 from mergeready.metrics.compare import compare_vectors
-from mergeready.metrics.heatmap import draw_heatmaps, short_labels
+from mergeready.metrics.heatmap import draw_heatmaps
 from tests.metrics.chunks import base_of, task_vectors
 
 
@@ -19,15 +19,3 @@ def test_a_picture_is_drawn(tmp_path: Path, zero: bool) -> None:
     assert picture.shape[0] > 100
     assert picture.shape[1] > 2 * picture.shape[0]  # three panels side by side
     assert len({tuple(pixel) for pixel in picture.reshape(-1, picture.shape[2])[::97].tolist()}) > 3
-
-
-@pytest.mark.parametrize(
-    ("labels", "short"),
-    [
-        (["experts/law", "experts/code/"], ["law", "code"]),
-        (["org/law", "other/law"], ["org/law", "other/law"]),
-        (["law", "code"], ["law", "code"]),
-    ],
-)
-def test_labels_are_short_as_long_as_they_differ(labels: list[str], short: list[str]) -> None:
-    assert short_labels(labels) == short

@@ -50,6 +50,18 @@ def test_equals_the_definitions() -> None:
     assert found.late.top_energy[4] == pytest.approx((S[:4] ** 2).sum() / (S**2).sum(), rel=1e-6)
 
 
+def test_peers_of_one_name_are_told_apart() -> None:
+    pick, end, *peers = matrices((12, 20), 4)
+    zero = torch.zeros(7)
+    found = late_part(
+        vector(end, zero, "end"), vector(pick, zero, "pick"), [vector(p, zero, "law") for p in peers], BASE
+    )
+    assert list(found.late.cosine) == list(found.early.sign_conflict) == ["law", "law (2)"]
+    for label, peer in zip(found.late.cosine, peers, strict=True):
+        exact = cosine(flat(end - pick, zero), flat(peer, zero))
+        assert found.late.cosine[label] == pytest.approx(exact, abs=1e-6)
+
+
 def test_an_adapter_s_late_part_is_of_low_rank() -> None:
     end, pick = adapters((12, 20), [2, 2])
     zero = torch.zeros(7)

@@ -32,6 +32,18 @@ def test_the_nearest_is_the_other_of_its_pair(found: list[Fingerprint]) -> None:
     assert near.error == 1 / 64
 
 
+def test_experts_that_are_one_have_other_neighbours_too(found: list[Fingerprint]) -> None:
+    """A hundred copies of each are a hundred nearest neighbours of each other, and links of the graph go no further."""
+    pytest.importorskip("faiss")
+    copies = [one for one in found[::4] for _ in range(100)]
+    near = nearest_experts(copies, 150)
+    assert near.nearest.min() >= 0
+    for i, row in enumerate(near.nearest.tolist()):
+        assert len({i, *row}) == 151
+        assert {j for j in range(300) if j // 100 == i // 100} <= {i, *row}
+    assert (np.diff(near.cosine, axis=1) < 1e-5).all()
+
+
 def test_projections_keep_inner_products(found: list[Fingerprint]) -> None:
     experts = open_sampled(found)
     layout = Layout.of(experts)

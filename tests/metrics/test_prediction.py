@@ -67,6 +67,13 @@ def test_rows_without_a_number_are_left_out_and_counted() -> None:
     assert (found.correlation, found.n) == (1.0, 5)
 
 
+def test_numbers_of_numpy_are_numbers() -> None:
+    rows = [{"metric": np.float32(i), "retention": np.int64(-i), "odd": np.bool_(i)} for i in range(5)]
+    found = how_well_predicts(rows, ["metric", "odd"])
+    assert (found["metric"].correlation, found["metric"].n) == (-1.0, 5)
+    assert found["odd"].n == 0
+
+
 def test_what_cannot_be_known_is_not_a_number() -> None:
     constant = [{"metric": 1.0, "retention": float(i)} for i in range(9)]
     assert math.isnan(how_well_predicts(constant, ["metric"])["metric"].correlation)

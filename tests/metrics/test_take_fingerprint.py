@@ -49,6 +49,23 @@ def test_an_adapter_leaves_out_what_it_does_not_touch() -> None:
     assert all("query" in name or "value" in name for name in made.norms)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_factors_need_no_reading_of_the_base(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base of many gigabytes, for an adapter of a few megabytes."""
+    from mergeready.experts import LiveExpert
+
+    base = tiny_bert()
+    model = adapted(base, seed=3)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    vector, opened = LiveExpert(model, base).vector, Base.open(base)
+    expected = take_fingerprint(vector, opened)
+    assert ("resolution" in expected.facts) == (dtype == torch.bfloat16)
+    monkeypatch.setattr(opened.source, "read_flat", None)
+    assert take_fingerprint(vector, opened).norms == expected.norms
+
+
 def test_the_budget_is_the_bases_not_the_experts() -> None:
     """Two experts that change different parts hold the same coordinates where both change."""
     base = base_of({"a": (400, 400), "b": (400, 400)})

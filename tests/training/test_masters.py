@@ -218,6 +218,22 @@ def test_a_copy_that_is_replaced_is_found_again() -> None:
     assert copy is optimizer.state[model.head.bias]["exact"]
 
 
+def test_a_copy_that_is_replaced_by_a_finer_step_is_found_too() -> None:
+    """Steps too small to be seen in 16 bits leave the copy of last time as near as the new one."""
+    model = Net().bfloat16()
+    optimizer = torch.optim.SGD(model.parameters())
+    bias = model.head.bias
+    kept, stepped = bias.detach().float(), model.embed.bias.detach().float()
+    masters = Masters(model, [optimizer])
+    for _ in range(3):
+        kept, stepped = kept * (1 + 1e-5), stepped * (1 + 1e-5)
+        optimizer.state[bias]["exact"] = kept
+        optimizer.param_groups_master = [{"params": [torch.zeros(16), stepped]}]
+        masters.look()
+        assert (masters.find("head.bias", bias) or [None])[0] is kept
+        assert (masters.find("embed.bias", model.embed.bias) or [None])[0] is stepped
+
+
 def test_an_adapter_in_16_bits() -> None:
     model: Any = adapter(Net())
     for p in model.parameters():
