@@ -8,15 +8,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import stdtrit
 
 from mergeready.merging.evaluation import is_greater_better
 from mergeready.study.cells import EXPERT, Cell
 from mergeready.training.records import Estimate
 
 RESAMPLES = 1000
-_T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""97.5 % quantiles of Student's t for 1 to 10 degrees of freedom."""
-
 Contents = Mapping[Cell, Mapping[str, Any]]
 
 
@@ -62,8 +60,7 @@ class Sample:
         means = self.by_seed
         if len(means) < 2:
             return Estimate(value=self.value)
-        t = _T_975[len(means) - 2] if len(means) - 2 < len(_T_975) else 1.96
-        half = t * float(means.std(ddof=1)) / len(means) ** 0.5
+        half = float(stdtrit(len(means) - 1, 0.975)) * float(means.std(ddof=1)) / len(means) ** 0.5
         return Estimate(value=self.value, n=len(means), low=self.value - half, high=self.value + half)
 
     def over_examples(self) -> Estimate:

@@ -229,28 +229,17 @@ class Runner:
         arm = self.settings.arms[cell.arm]
         if arm.checkpoints is not None:
             return given_checkpoint(arm.checkpoints, task, cell.seed, step)
-        folder = self._run(cell, task)
-        record = self.store.read("runs", folder.name, folder.name)
-        if record is None:
-            raise OptionError(
-                f"{folder} has checkpoints, but its record is not among the results; remove it."
-            )
+        folder, record = self._run(cell, task)
         return find_checkpoint(folder, saved_step(record["saved"], step))
 
-    def _run(self, cell: Cell, task: str) -> Path:
-        """The folder of a training run, trained if need be."""
+    def _run(self, cell: Cell, task: str) -> tuple[Path, dict[str, Any]]:
+        """The folder and the record of a training run, trained if need be."""
         arm = self.settings.arms[cell.arm]
         key = f"{task}-{cell.seed}-{run_digest(self.settings, arm, task, cell.seed)}"
         folder = (self.checkpoints or self.folder / "checkpoints") / key
         record = self.store.read("runs", key, key)
-        if (
-            folder.is_dir()
-            and record is not None
-            and set(self.settings.steps)
-            <= {*record["saved"]}
-            | {step for step in self.settings.steps if step > record["ended"] and record["stopped"]}
-        ):
-            return folder
+        if folder.is_dir() and record is not None and self._has_all_steps(record):
+            return folder, record
         self.tell(f"training {cell.arm}, seed {cell.seed}, on {task}")
         with new_folder(folder, overwrite=True) as fresh:
             made = train_run(
@@ -263,18 +252,23 @@ class Runner:
                 total=max(self.settings.steps),
                 metric=self.settings.metric,
             )
-            self.store.write("runs", key, {"digest": key, "task": task, "seed": cell.seed, **made})
+            record = {"digest": key, "task": task, "seed": cell.seed, **made}
+            self.store.write("runs", key, record)
         self.trained += 1
-        return folder
+        return folder, record
+
+    def _has_all_steps(self, record: Mapping[str, Any]) -> bool:
+        """Whether a run kept every step that it reached; one that stopped is not asked for later ones."""
+        needed = [step for step in self.settings.steps if step <= record["ended"] or not record["stopped"]]
+        return set(needed) <= set(record["saved"])
 
     def _records(self, cell: Cell, names: list[str]) -> dict[str, Any]:
         """What is known of the training runs of a cell's arm."""
         arm = self.settings.arms[cell.arm]
         if arm.checkpoints is not None:
             return {}
-        kept = {name: self._run(cell, name).name for name in names}
-        records = {name: self.store.read("runs", key, key) or {} for name, key in kept.items()}
         wanted = ("ended", "stopped", "cpu_seconds")
+        records = {name: self._run(cell, name)[1] for name in names}
         return {name: {key: record[key] for key in wanted} for name, record in records.items()}
 
 

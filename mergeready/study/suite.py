@@ -66,7 +66,7 @@ def choose_tasks(suite: StudySuite, names: Sequence[str] | None) -> dict[str, St
     """The tasks of a study, in its order.
 
     Raises:
-        OptionError: If one is unknown, or fewer than two remain.
+        OptionError: If one is unknown or has no training examples, or fewer than two remain.
     """
     chosen = list(suite.tasks) if names is None else list(names)
     unknown = [name for name in chosen if name not in suite.tasks]
@@ -74,4 +74,7 @@ def choose_tasks(suite: StudySuite, names: Sequence[str] | None) -> dict[str, St
         raise OptionError(f"`tasks` names {listing(unknown)}; the suite has {listing(suite.tasks)}.")
     if len(chosen) < 2:
         raise OptionError(f"a study merges at least two tasks; `tasks` has {listing(chosen) or 'none'}.")
+    empty = [name for name in chosen if len(suite.tasks[name].train) == 0]
+    if empty:
+        raise OptionError(f"there are no training examples for {listing(empty)}.")
     return {name: suite.tasks[name] for name in chosen}

@@ -79,7 +79,10 @@ def train_run(
             losses.append(float(loss.detach()))
             steering.stepped(step)
             seconds += time.process_time() - began
-            stopped = watch.reason(model, step, rate) or steering.reason
+            stopped = steering.reason
+            if watch.is_due(step):
+                with steering.shown():  # what is kept is what decides
+                    stopped = watch.reason(model, step, rate) or stopped
             if stopped or step == total:
                 steering.finish()
             if step in steps or stopped:
@@ -111,10 +114,12 @@ class _Watch:
             self._metric = self._at(suite.model())[0]
             self.greater_is_better = is_greater_better(self._metric)
 
+    def is_due(self, step: int) -> bool:
+        """Whether to evaluate after a step."""
+        return self._needed and step % self._arm.evaluate_every == 0
+
     def reason(self, model: nn.Module, step: int, rate: Rate) -> str | None:
-        """Evaluate if it is due; why to stop, if so."""
-        if not self._needed or step % self._arm.evaluate_every:
-            return None
+        """Evaluate; why to stop, if so."""
         value = self._at(model)[1]
         self.values.append((step, value))
         rate.evaluated(value)

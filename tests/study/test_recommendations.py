@@ -11,6 +11,8 @@ import yaml
 from benchmarks import study_report
 from mergeready.merging import method_names
 from mergeready.study.results import Results
+from mergeready.study.settings import RateSettings
+from mergeready.training.settings import RunSettings
 
 ROOT = Path(study_report.__file__).parent.parent
 SITUATIONS = yaml.safe_load((ROOT / "mergeready/recommendations.yaml").read_text())["situations"]
@@ -31,6 +33,16 @@ def test_a_recommendation_names_cells_that_exist_or_says_not_measured(entry: dic
         assert "settings" not in entry
         return
     known = {cell.key for cell in kept(str(entry["study"])).contents}
+    given = dict(entry["settings"])  # type: ignore[call-overload]
+    merge = given.pop("merge", None)
+    schedule = given.pop("schedule", "constant")
+    assert RunSettings.parse(given).options()["stop"] is not None or merge
+    assert RateSettings(kind=schedule)
+    if merge:
+        [choice] = (
+            c for c in study(str(entry["study"])).settings.methods.values() if c.method == merge["method"]
+        )
+        assert (merge["scale"], merge["scales"]) == ("tune", choice.scales)
     for key in entry["cells"]:  # type: ignore[attr-defined]
         assert {key.replace("*", seed) for seed in "012"} <= known
 

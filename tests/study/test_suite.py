@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from mergeready.errors import OptionError
@@ -33,3 +35,6 @@ def test_tasks_come_in_the_order_of_the_study() -> None:
         choose_tasks(suite, ["red", "pink"])
     with pytest.raises(OptionError, match="at least two tasks"):
         choose_tasks(suite, ["red"])
+    tasks = {name: replace(task, train=[]) if name == "red" else task for name, task in suite.tasks.items()}
+    with pytest.raises(OptionError, match="no training examples for red"):
+        choose_tasks(replace(suite, tasks=tasks), None)
