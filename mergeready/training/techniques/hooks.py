@@ -16,7 +16,7 @@ def unwrapped(optimizer: Any) -> Optimizer:
     """
     inner = optimizer
     while not hasattr(inner, "_optimizer_step_post_hooks"):
-        inner = getattr(inner, "optimizer", getattr(inner, "_optimizer", None))
+        inner = getattr(inner, "optimizer", None)
         if inner is None:
             raise OptionError(f"{type(optimizer).__name__} is no torch optimizer and wraps none.")
     found: Optimizer = inner

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import ClassVar, get_args
 
 import torch
+from torch import nn
 
-from mergeready.errors import MismatchError, OptionError
+from mergeready.errors import MismatchError, OptionError, listing
 from mergeready.experts.svd import thin_svd
 from mergeready.training.projection import Sides, Subspaces, peer_subspaces, sketched_right
 from mergeready.training.techniques.registry import register
@@ -72,6 +73,7 @@ class PeerProjection(Technique):
                 else "change no matrix that trains here"
             )
             raise MismatchError(f"the peers' subspaces {what}: choose a smaller `rank`, or other peers.")
+        _require_trained(pairs)
         return _Projection(pairs)
 
     def _subspaces(self, name: str, weight: Trained, run: TechniqueRun) -> Subspaces:
@@ -95,18 +97,36 @@ class _Projection(Running):
     def after_update(self, step: int) -> None:
         for weight, subspaces in self._pairs:
             if isinstance(weight, Factored):
-                _project_factors(weight, subspaces)
+                for factor, part in _factor_parts(weight, subspaces):
+                    factor.copy_(part.remove(factor.float()))
             else:
                 change = weight.delta()
                 weight.target.add_((subspaces.remove(change) - change).to(weight.target.dtype))
 
 
-def _project_factors(weight: Factored, subspaces: Subspaces) -> None:
+def _factor_parts(weight: Factored, subspaces: Subspaces) -> list[tuple[nn.Parameter, Subspaces]]:
+    """The factors that have to be projected, and with what."""
     A, B = weight.factors
     left, right = subspaces.left, subspaces.right
     if weight.is_transposed:  # the change is (B A)ᵀ
         left, right = right, left
+    parts = []
     if right is not None:
-        A.copy_(Subspaces(right=right).remove(A.float()))
+        parts.append((A, Subspaces(right=right)))
     if left is not None:
-        B.copy_(Subspaces(left=left).remove(B.float()))
+        parts.append((B, Subspaces(left=left)))
+    return parts
+
+
+def _require_trained(pairs: Sequence[tuple[Trained, Subspaces]]) -> None:
+    frozen = [
+        weight.name
+        for weight, subspaces in pairs
+        if isinstance(weight, Factored)
+        and any(not factor.requires_grad for factor, _ in _factor_parts(weight, subspaces))
+    ]
+    if frozen:
+        raise OptionError(
+            f"peer_projection would change factors that are frozen, as a shared A is: {listing(frozen, 4)}. Choose "
+            "other `sides`."
+        )

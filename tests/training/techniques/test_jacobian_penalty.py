@@ -84,6 +84,25 @@ def test_adapters() -> None:
             )
 
 
+def test_every_batch_of_every_peer_comes_in_turn_with_the_scaler_s_factor_and_a_forward_of_your_own() -> None:
+    base = Net()
+    model = perturb(copy.deepcopy(base), 1, 0.1)
+    inputs = [examples(task, 0, 6)[0] for task in (2, 3, 4)]
+    peers = [[{"points": inputs[0]}, {"points": inputs[1]}], [{"points": inputs[2]}]]
+    technique = JacobianPenalty(
+        inputs=peers, strength=0.5, forward=lambda model, batch: 3 * model(batch["points"])
+    )
+    chosen = started([technique], model, base)
+    deltas = {n: p.detach() - state_of(base)[n] for n, p in model.named_parameters()}
+    for step, x in enumerate((inputs[0], inputs[2], inputs[1], inputs[2], inputs[0]), 1):
+        model.zero_grad()
+        for _ in chosen.passes(factor=lambda: 4.0):
+            pass
+        exact = 4.0 * 0.5 * 3 * exact_gradient(base, deltas, x)["head.weight"]
+        torch.testing.assert_close(model.head.weight.grad.double(), exact, rtol=1e-3, atol=1e-5)
+        chosen.took_step(step)
+
+
 def test_a_transformer_with_fused_attention() -> None:
     base = tiny_bert()
     assert base.config._attn_implementation == "sdpa"

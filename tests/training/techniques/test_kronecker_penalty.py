@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from mergeready import KroneckerFactors, kronecker_factors, sum_factors
 from mergeready.errors import BaseMismatchError, MismatchError, OptionError
@@ -16,7 +17,7 @@ from mergeready.training.techniques.kronecker_penalty import KroneckerPenalty
 from tests.models import perturb
 from tests.sharded import adapter
 from tests.training.small import Net, equal, examples, state_of
-from tests.training.techniques.drive import adamw, net, started, train
+from tests.training.techniques.drive import net, started, train
 
 
 def factors_of(task: int) -> KroneckerFactors:
@@ -92,6 +93,43 @@ def test_the_gradient_of_factors_of_an_adapter() -> None:
             check(parameter, lambda d, n=name: value(parts | {n: d}), parts[name])
 
 
+def transposed(seed: int = 0) -> nn.Module:
+    """A square weight that is stored as (inputs, outputs)."""
+    torch.manual_seed(seed)
+    return nn.Sequential(Conv1D(6, 6), nn.Tanh(), nn.Linear(6, 3))
+
+
+def test_weights_stored_transposed() -> None:
+    base = transposed()
+    found = kronecker_factors(base, [examples(2, 0, 24)[0]], base=base)
+    assert found.layers["0.weight"].transposed
+    model = perturb(copy.deepcopy(base), 1, 0.1)
+    chosen = started([KroneckerPenalty(factors=[found], strength=3.0)], model, base)
+    for _ in chosen.passes():
+        pass
+    start = base.state_dict()
+    deltas = {n: (p.detach() - start[n]).double() for n, p in model.named_parameters()}
+
+    def value(change: Tensor) -> Tensor:
+        return 3.0 * penalty(found, deltas | {"0.weight": change.T})
+
+    check(model[0].weight, value, deltas["0.weight"])
+
+
+def test_peers_weights_and_a_scaler_s_factor_count() -> None:
+    gradients = []
+    for weights, factor in (([0.5, 0.5], 1.0), (None, 1.0), ([1.0, 0.0], 1.0), (None, 4.0)):
+        model = perturb(Net(), 1, 0.1)
+        technique = KroneckerPenalty(factors=[factors_of(2), factors_of(3)], weights=weights)
+        for _ in started([technique], model, Net()).passes(factor=lambda factor=factor: factor):
+            pass
+        gradients.append(model.head.weight.grad)
+    halves, plain, first, scaled = gradients
+    assert torch.equal(halves, plain)
+    assert not torch.allclose(first, plain, rtol=0.1)
+    torch.testing.assert_close(scaled, 4 * plain)
+
+
 def run(strength: float, micro: int = 1) -> dict[str, Tensor]:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -144,4 +182,3 @@ def test_what_does_not_serve_is_refused() -> None:
     model.norm.requires_grad_(True)
     with pytest.raises(MismatchError, match="of no layer that trains"):
         started([KroneckerPenalty(factors=[factors_of(2)])], model, Net())
-    assert adamw(model) is not None

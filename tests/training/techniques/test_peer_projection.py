@@ -6,14 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers.pytorch_utils import Conv1D
 
 from mergeready.errors import MismatchError, OptionError
 from mergeready.experts import Base, LiveExpert, open_expert
 from mergeready.metrics.take_fingerprint import take_fingerprint
-from mergeready.training.techniques.lora_overlap import LoraOverlap
+from mergeready.training.techniques.lora_start import SharedLoraA
 from mergeready.training.techniques.peer_projection import PeerProjection
+from tests.models import perturb
 from tests.sharded import adapter
-from tests.training.small import Net, equal, expert, state_of
+from tests.training.small import Net, expert
 from tests.training.techniques.drive import adamw, net, started, train
 
 
@@ -67,12 +70,58 @@ def test_a_fingerprint_helps_as_much_as_its_sketch() -> None:
     assert left == pytest.approx(1 - 64 / 128, abs=0.2)
 
 
+@pytest.mark.parametrize("sides", ["right", "left"])
+@pytest.mark.parametrize("kind", ["conv1d", "embedding"])
+def test_adapters_whose_change_is_transposed(kind: str, sides: str) -> None:
+    """Of square matrices too, where the wrong side would fit."""
+
+    def layer() -> Any:
+        torch.manual_seed(0)
+        return Conv1D(12, 12) if kind == "conv1d" else torch.nn.Embedding(12, 12)
+
+    base = torch.nn.Sequential(layer())
+    peer = perturb(torch.nn.Sequential(layer()), 1, 0.005)
+    options = LoraConfig(r=3, target_modules=["0"], fan_in_fan_out=kind == "conv1d")
+    model = perturb(get_peft_model(torch.nn.Sequential(layer()), options), 2, 0.1)  # type: ignore[arg-type]
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    chosen = started([PeerProjection(rank=2, sides=sides)], model, peers=[peer], optimizer=optimizer)
+    x = torch.arange(12) if kind == "embedding" else torch.eye(12)
+    train(chosen, model, optimizer, 1, 2, loss=lambda m, *_: m(x).square().sum())
+    D = deltas_of(model, None)["0.weight"].double()
+    U, _, V = torch.linalg.svd((peer.state_dict()["0.weight"] - base.state_dict()["0.weight"]).double())
+    left = D @ V[:2].T if sides == "right" else U[:, :2].T @ D
+    assert float(left.norm()) < 1e-4 * float(D.norm())
+    assert float(D.norm()) > 1e-3
+
+
+def test_of_a_sketch_the_leading_vectors_count() -> None:
+    """As many as of peers with weights. Of 64 columns a sketch says all."""
+    torch.manual_seed(0)
+    base, peer = (torch.nn.Linear(64, 64, bias=False) for _ in range(2))
+    opened = Base.open(base.state_dict())
+    basis = torch.linalg.qr(torch.randn(64, 2)).Q
+    with torch.no_grad():
+        peer.weight.copy_(base.weight + torch.randn(64, 2) * torch.tensor([0.05, 0.01]) @ basis.T)
+    sketch = take_fingerprint(open_expert(peer.state_dict(), opened).vector, opened, label="peer")
+    V = torch.linalg.svd((peer.weight - base.weight).detach().double())[2]
+    model = torch.nn.Linear(64, 64, bias=False)
+    model.load_state_dict(base.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    chosen = started([PeerProjection(rank=1)], model, base.state_dict(), peers=[sketch], optimizer=optimizer)
+    for _ in chosen.passes():
+        (model.weight @ V[:2].T.float()).sum().backward()
+    optimizer.step()
+    seen = ((model.weight - base.weight).detach().double() @ V[:2].T).norm(dim=0)
+    assert float(seen[0]) < 1e-3 * float(seen[1])
+
+
 def test_what_does_not_serve_is_refused() -> None:
     model = net()
     with pytest.raises(OptionError, match="needs `peers`"):
         started([PeerProjection()], model, Net(), optimizer=adamw(model))
-    with pytest.raises(MismatchError, match=r"nothing to train in .*embed\.weight"):
-        started([PeerProjection(rank=16)], model, Net(), peers=[expert(2)], optimizer=adamw(model))
+    for rank in (6, 16):  # all six inputs of the first layer
+        with pytest.raises(MismatchError, match=r"nothing to train in .*embed\.weight"):
+            started([PeerProjection(rank=rank)], model, Net(), peers=[expert(2)], optimizer=adamw(model))
     with pytest.raises(OptionError, match="optimizer"):
         started([PeerProjection(rank=1)], model, Net(), peers=[expert(2)])
     with pytest.raises(OptionError, match="`sides`"):
@@ -81,25 +130,18 @@ def test_what_does_not_serve_is_refused() -> None:
         PeerProjection(rank=0)
 
 
-def test_the_overlap_with_peers_adapters_shrinks() -> None:
-    peer = adapter(net())
-    optimizer = adamw(peer)
-    train(started([], peer), peer, optimizer, 1, 4)
-    other = peer.merge_and_unload()
-    found = []
-    for strength in (0.0, 0.5):
-        model = adapter(net())
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02)
-        chosen = started([LoraOverlap(strength=strength)], model, peers=[other], optimizer=optimizer)
-        train(chosen, model, optimizer, 1, 20)
-        name = "layers.0.weight"
-        D = (other.state_dict()[name] - Net().state_dict()[name]).double()
-        V = torch.linalg.svd(D)[2][:4]
-        A = next(p for n, p in model.named_parameters() if "layers.0.lora_A" in n).detach().double()
-        found.append(float((A @ V.T).abs().sum()))
-        if strength == 0:
-            plain = adapter(net())
-            optimizer = torch.optim.SGD([p for p in plain.parameters() if p.requires_grad], lr=0.02)
-            train(started([], plain), plain, optimizer, 1, 20)
-            assert equal(state_of(plain), state_of(model))
-    assert found[1] < 0.5 * found[0]
+def test_a_shared_a_is_not_projected() -> None:
+    """It would be shared no more."""
+    model = adapter(net())
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.zeros_(parameter)
+    both = [SharedLoraA(), PeerProjection(rank=1)]
+    with pytest.raises(OptionError, match=r"frozen, as a shared A is: .*layers\.0\.weight"):
+        started(both, model, peers=[expert(2)], optimizer=adamw(model))
+    started(
+        [SharedLoraA(), PeerProjection(rank=1, sides="left")],
+        model,
+        peers=[expert(2)],
+        optimizer=adamw(model),
+    )

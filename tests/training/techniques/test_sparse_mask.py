@@ -12,7 +12,7 @@ from mergeready.errors import HistoryError, OptionError, UnsupportedError
 from mergeready.training.techniques.sparse_mask import SparseMask
 from tests.sharded import adapter
 from tests.training.small import Net, equal, examples, state_of
-from tests.training.techniques.drive import adamw, net, started, train
+from tests.training.techniques.drive import adamw, net, started, task_loss, train
 
 DATA = [examples(1, 0, 16)[0]]
 
@@ -43,6 +43,29 @@ def test_only_the_lowest_scores_move() -> None:
     moved = {n: after[n] != start[n] for n in start}
     assert all(not bool((moved[n] & ~masks[n]).any()) for n in masks)  # bit for bit, though AdamW decays
     assert sum(int(m.sum()) for m in moved.values()) > 0.8 * sum(int(m.sum()) for m in masks.values())
+
+
+def test_gradients_outside_are_gone_before_clipping() -> None:
+    model = net()
+    chosen = started([SparseMask(batches=DATA, share=0.2)], model, Net(), optimizer=adamw(model))
+    for _ in chosen.passes():
+        task_loss(model, 0, 0, 1).backward()
+    masks = lowest_fisher(Net(), DATA, share=0.2)
+    for name, parameter in model.named_parameters():
+        assert not bool(parameter.grad[~masks[name]].any())
+    assert any(bool(parameter.grad.any()) for parameter in model.parameters())
+
+
+def test_settings_reach_the_scores() -> None:
+    own = {"seed": 3, "rounds": 2, "forward": lambda model, batch: model(batch) * 0.3}
+    plain = lowest_fisher(Net(), DATA, share=0.2)
+    for name, value in own.items():
+        model = net()
+        technique = SparseMask(batches=DATA, share=0.2, **{name: value})
+        found = started([technique], model, Net(), optimizer=adamw(model)).tensors()
+        expected = lowest_fisher(Net(), DATA, share=0.2, **{name: value})
+        assert equal({f"sparse_mask/{n}": mask for n, mask in expected.items()}, found)
+        assert not equal(plain, expected)
 
 
 def test_resume_is_exact() -> None:

@@ -15,7 +15,7 @@ from mergeready.training.techniques.lora_start import OrthogonalStart, SharedLor
 from mergeready.training.techniques.technique_set import TechniqueSet
 from mergeready.training.techniques.train_only import TrainOnly
 from tests.sharded import adapter
-from tests.training.small import Net, examples, state_of
+from tests.training.small import Net, equal, examples, state_of
 from tests.training.techniques.drive import adamw, net, started, train
 
 
@@ -43,17 +43,17 @@ def test_only_what_a_filter_keeps_moves_though_the_optimizer_has_all() -> None:
 def test_a_shared_a_is_set_at_the_start_and_only_frozen_on_resume() -> None:
     model = fresh()
     optimizer = adamw(model)
-    train(started([SharedLoraA(seed=4)], model, optimizer=optimizer), model, optimizer, 1, 3)
+    train(started([SharedLoraA(seed=11)], model, optimizer=optimizer), model, optimizer, 1, 3)
     own = {n: p for n, p in model.named_parameters() if "lora_A" in n}
     for name, A in own.items():
         base_name = name.removeprefix("base_model.model.").split(".lora_A")[0] + ".weight"
-        assert torch.equal(A, lora_a(base_name, rank=A.shape[0], inputs=A.shape[1], seed=4))
+        assert torch.equal(A, lora_a(base_name, rank=A.shape[0], inputs=A.shape[1], seed=11))
         assert not A.requires_grad
     again = copy.deepcopy(model)
     for name, p in again.named_parameters():
         p.requires_grad_("lora_" in name)
     before = state_of(again)
-    started([SharedLoraA(seed=4)], again, step=3)
+    started([SharedLoraA(seed=11)], again, step=3)
     assert all(torch.equal(t, before[n]) for n, t in state_of(again).items())
     assert not any(p.requires_grad for n, p in again.named_parameters() if "lora_A" in n)
 
@@ -71,6 +71,23 @@ def test_an_orthogonal_start_sees_less_of_peers() -> None:
     assert shares[1] < 0.1 * shares[0]
 
 
+@pytest.mark.parametrize("freeze", [False, True])
+def test_a_resumed_run_does_not_start_orthogonal_again(freeze: bool) -> None:
+    made = kronecker_factors(Net(), [examples(2, 0, 20)[0]], base=Net())
+    technique = OrthogonalStart(inputs=[made], freeze=freeze)
+    model = fresh()
+    started([technique], model)
+    own = {n: p for n, p in model.named_parameters() if "lora_A" in n}
+    assert all(A.requires_grad is not freeze for A in own.values())
+    with torch.no_grad():
+        for A in own.values():
+            A.mul_(2).requires_grad_(True)
+    before = state_of(model)
+    started([technique], model, step=3)
+    assert equal(state_of(model), before)
+    assert all(A.requires_grad is not freeze for A in own.values())
+
+
 def test_two_starts_are_refused_with_the_reason() -> None:
     made = kronecker_factors(Net(), [examples(2, 0, 20)[0]], base=Net())
     with pytest.raises(OptionError, match="both change the weights before the first step"):
@@ -85,6 +102,7 @@ def test_after_ddp_has_counted_it_is_too_late() -> None:
             super().__init__()
             self.module = adapter(Net())
 
-    for technique in (TrainOnly(), SharedLoraA()):
+    made = kronecker_factors(Net(), [examples(2, 0, 20)[0]], base=Net())
+    for technique in (TrainOnly(), SharedLoraA(), OrthogonalStart(inputs=[made], freeze=True)):
         with pytest.raises(UnsupportedError, match="before the model is wrapped"):
             TechniqueSet([technique]).prepare(DistributedDataParallel(), step=0)
