@@ -73,6 +73,7 @@ def late_part(end: TaskVector, pick: TaskVector, peers: Sequence[TaskVector], ba
         base: The base's weights.
 
     Raises:
+        BaseMismatchError: If they are of different bases.
         NotTrainedError: If nothing changed between the two.
         NonFiniteError: If values are NaN or infinite.
 
@@ -87,6 +88,8 @@ def late_part(end: TaskVector, pick: TaskVector, peers: Sequence[TaskVector], ba
         >>> found.share, found.cosine_with_early, found.late.cosine, found.early.cosine
         (0.8, 0.0, {'law': 1.0}, {'law': 0.0})
     """
+    for peer in peers:
+        end.base.require_same(peer.base, peer.label)
     late = Difference(end, pick)
     parts = [late, pick, end, *peers]
     names = list(dict.fromkeys(name for part in parts for name in part))

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from mergeready.experts import dense
-from mergeready.experts.svd import polar, thin_svd
+from mergeready.experts.svd import leading_svd, polar, thin_svd
 from tests.merging.matrices import adapters, shapes
+
+
+def orthonormal(rows: int, columns: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(rows, columns, generator=generator, dtype=torch.float64)).Q
+
+
+def matrix(values: Tensor, rows: int, columns: int, seed: int = 0) -> Tensor:
+    count = len(values)
+    return orthonormal(rows, count, seed) * values @ orthonormal(columns, count, seed + 1).T
 
 
 def decomposes(matrix: Tensor, rank: int) -> None:
@@ -44,3 +55,23 @@ def test_polar_factor() -> None:
     stretch = factor.T @ matrix  # symmetric and positive: that makes it the nearest
     torch.testing.assert_close(stretch, stretch.T)
     assert torch.linalg.eigvalsh(stretch).min() > 0
+
+
+@pytest.mark.parametrize("shape", [(700, 600), (600, 700), (40, 30)])
+def test_leading_triples_of_a_known_spectrum(shape: tuple[int, int]) -> None:
+    values = 0.97 ** torch.arange(min(shape), dtype=torch.float64)
+    given = matrix(values, *shape)
+    left, found, right = leading_svd(given, 20)
+    assert torch.allclose(found, values[:20], rtol=1e-4)
+    assert torch.allclose(
+        (left.T @ orthonormal(shape[0], min(shape), 0)[:, :20]).abs().diag(),
+        torch.ones(20).double(),
+        atol=1e-2,
+    )
+    assert torch.allclose((left * found) @ right, given @ right.T @ right, atol=1e-3)
+
+
+def test_it_leaves_the_random_state_alone() -> None:
+    before = torch.get_rng_state()
+    leading_svd(matrix(torch.ones(520).double(), 520, 520), 3)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mergeready import merge
-from mergeready.errors import NonFiniteError, NotTrainedError
+from mergeready.errors import BaseMismatchError, NonFiniteError, NotTrainedError
 from mergeready.experts import BaseIdentity, DeltaTaskVector, Dense, LowRank
 from mergeready.metrics.late_part import late_part, without_late_part
 from mergeready.weights import StateDictSource
@@ -90,6 +90,15 @@ def test_a_run_that_went_straight_on_loses_all_of_its_direction() -> None:
     zero = torch.zeros(7)
     cut = without_late_part(vector(2 * pick, zero, "end"), vector(pick, zero, "pick"))
     assert cut["matrix"].norm() == pytest.approx(0, abs=1e-6)
+
+
+def test_peers_of_another_base_are_refused() -> None:
+    pick, end, peer = matrices((12, 20), 3)
+    other = StateDictSource({"matrix": torch.zeros(12, 20)})
+    stranger = DeltaTaskVector({"matrix": Dense(peer)}, other.infos, BaseIdentity.of(other), "stranger")
+    zero = torch.zeros(7)
+    with pytest.raises(BaseMismatchError, match="stranger was made for another base"):
+        late_part(vector(end, zero, "end"), vector(pick, zero, "pick"), [stranger], BASE)
 
 
 def test_what_cannot_be_measured_is_an_error() -> None:

@@ -213,7 +213,7 @@ def _id_of(example: Any, key: str | None) -> int:
     if not isinstance(example, Mapping) or key not in example:
         raise OptionError(f"examples have no field {key!r} that could name them.")
     value = example[key]
-    return value if isinstance(value, int) and value >= 0 else content_id(value)
+    return value if isinstance(value, int) and 0 <= value < 2**63 else content_id(value)
 
 
 def _feed(digest: Any, content: Any) -> None:
@@ -226,7 +226,10 @@ def _feed(digest: Any, content: Any) -> None:
         for value in content:
             _feed(digest, value)
     elif isinstance(content, Tensor | np.ndarray):
-        array = content.detach().cpu().numpy() if isinstance(content, Tensor) else content
+        if isinstance(content, Tensor):
+            content = content.detach().cpu()
+            content = (content.view(torch.int16) if content.dtype == torch.bfloat16 else content).numpy()
+        array = content
         digest.update(f"<{array.dtype}{array.shape}:".encode() + np.ascontiguousarray(array).tobytes())
     else:
         digest.update(f"({type(content).__name__} {content!r})".encode())

@@ -101,6 +101,15 @@ def test_content_is_what_counts() -> None:
     assert all(0 <= content_id(i) < 2**63 for i in range(100))
 
 
+def test_content_in_bf16_and_keys_of_64_bits() -> None:
+    one = {"x": torch.tensor([1.0, 2.0], dtype=torch.bfloat16), "y": torch.tensor(3.0, dtype=torch.bfloat16)}
+    assert content_id(one) == content_id({name: value.clone() for name, value in one.items()})
+    assert content_id(one) != content_id(one | {"y": one["y"] + 1})
+    data = with_example_ids([{"uid": 2**64 - 1}, {"uid": 7}], key="uid")
+    batch = collate_with_ids(lambda examples: {"n": torch.tensor(len(examples))})([data[0], data[1]])
+    assert batch["example_id"].tolist() == [content_id(2**64 - 1), 7]
+
+
 def test_tuples_get_an_id_at_the_end() -> None:
     assert with_example_ids([("a", 1), ("b", 0)])[1] == ("b", 0, 1)
     assert with_example_ids([("a", 1), ("b", 0)])[-1] == ("b", 0, 1)
