@@ -79,7 +79,7 @@ def print_summary(screen: Console, pairs: AllPairs) -> None:
     labels = short_labels(pairs.labels)
     table = Table(title=f"{len(labels)} experts in groups of similar ones", title_justify="left")
     for column in ("", "experts", "which"):
-        table.add_column(column, justify="left" if column == "which" else "right")
+        table.add_column(column, justify="left" if column == "which" else "right", overflow="fold")
     found = [members for members in groups(pairs.cosine).members() if len(members) > 1]
     for number, members in enumerate(found[:_LONGEST_LIST], start=1):
         shown = ", ".join(escape(labels[i]) for i in members[:_LONGEST_LIST])
@@ -90,7 +90,7 @@ def print_summary(screen: Console, pairs: AllPairs) -> None:
     screen.print(f"{alone} experts are similar to no other.", highlight=False)
     table = Table(title="Pairs that oppose each other most", title_justify="left")
     for column in ("expert", "expert", "cosine", "sign conflict"):
-        table.add_column(column, justify="left" if column == "expert" else "right")
+        table.add_column(column, justify="left" if column == "expert" else "right", overflow="fold")
     rows, columns = np.triu_indices(len(labels), 1)
     values = np.nan_to_num(pairs.sign_conflict[rows, columns], nan=-1.0)
     for place in np.argsort(-values, kind="stable")[:_EXTREMES].tolist():
@@ -112,7 +112,7 @@ def print_partners(screen: Console, pairs: AllPairs, chosen: int, count: int) ->
     labels = short_labels(pairs.labels)
     table = Table(title=f"Partners for {escape(labels[chosen])}, in this order", title_justify="left")
     for column in ("expert", "cosine", "sign conflict"):
-        table.add_column(column, justify="left" if column == "expert" else "right")
+        table.add_column(column, justify="left" if column == "expert" else "right", overflow="fold")
     for other in most_compatible(pairs.sign_conflict, pairs.cosine, chosen, count):
         cosine, conflict = pairs.cosine[chosen, other], pairs.sign_conflict[chosen, other]
         table.add_row(escape(labels[other]), f"{cosine:.3f}", f"{conflict:.3f}")
@@ -175,8 +175,8 @@ def show_nearest(
     found = nearest_experts(given, min(count, len(experts) - 1), base=opened)
     labels = short_labels(found.labels)
     table = Table(title="Nearest experts", title_justify="left")
-    table.add_column("expert")
-    table.add_column("nearest, with cosines")
+    table.add_column("expert", overflow="fold")
+    table.add_column("nearest, with cosines", overflow="fold")
     for label, others, cosines in list(zip(labels, found.nearest, found.cosine, strict=True))[:50]:
         shown = ", ".join(f"{escape(labels[j])} {c:.2f}" for j, c in zip(others, cosines, strict=True))
         table.add_row(escape(label), shown)

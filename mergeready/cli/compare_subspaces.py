@@ -47,7 +47,7 @@ def print_subspaces(screen: Console, found: SubspaceComparison) -> None:
     labels = [escape(label) for label in short_labels(found.labels)]
     table = Table(title="Singular directions", title_justify="left")
     table.add_column("", justify="right")
-    table.add_column("expert")
+    table.add_column("expert", overflow="fold")
     for title in ("alignment with the sum", "stable rank", "effective rank"):
         table.add_column(title, justify="right")
     columns = zip(labels, found.alignment, found.stable_rank, found.effective_rank, strict=True)
@@ -57,7 +57,7 @@ def print_subspaces(screen: Console, found: SubspaceComparison) -> None:
     overlap = Table(
         title=f"Overlap of leading inputs ({found.overlap_by_chance:.3f} by chance)", title_justify="left"
     )
-    overlap.add_column("expert")
+    overlap.add_column("expert", overflow="fold")
     for index in range(len(labels)):
         overlap.add_column(str(index + 1), justify="right")
     for index, label in enumerate(labels):

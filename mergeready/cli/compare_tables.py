@@ -51,7 +51,7 @@ def _print_sizes(screen: Console, comparison: Pairs, columns: Mapping[str, Seque
 
     table = Table(title="Task vectors", title_justify="left")
     table.add_column("", justify="right")
-    table.add_column("expert")
+    table.add_column("expert", overflow="fold")
     for column in columns:
         table.add_column(column, justify="right")
     for index, label in enumerate(short_labels(comparison.labels)):
@@ -64,7 +64,7 @@ def _print_pairs(screen: Console, comparison: Pairs) -> None:
 
     for title, matrix in (("Cosine", comparison.cosine), ("Sign conflict", comparison.sign_conflict)):
         table = Table(title=f"{title} (0.5 by chance)" if title != "Cosine" else title, title_justify="left")
-        table.add_column("expert")
+        table.add_column("expert", overflow="fold")
         for index in range(len(comparison.labels)):
             table.add_column(str(index + 1), justify="right")
         for index, label in enumerate(short_labels(comparison.labels)):

@@ -34,6 +34,8 @@ def _print_inspection(screen: Console, expert: Expert, found: Inspection) -> Non
         "nothing": "not checked: an adapter without a record",
     }
     facts = Table(title=escape(expert.label), title_justify="left", show_header=False)
+    facts.add_column(no_wrap=True)
+    facts.add_column(overflow="fold")
     facts.add_row("format", expert.format)
     facts.add_row("base", checked[expert.base_checked])
     facts.add_row("norm", f"{found.norm:.4g} ({found.relative_norm:.2%} of the base)")
@@ -47,7 +49,7 @@ def _print_inspection(screen: Console, expert: Expert, found: Inspection) -> Non
     screen.print(facts)
     for title, values in (("group", found.groups), ("layer", found.layers)):
         table = Table()
-        table.add_column(title)
+        table.add_column(title, overflow="fold")
         table.add_column("norm", justify="right")
         table.add_column("")
         largest = max(values.values(), default=0.0)

@@ -149,7 +149,7 @@ def _print_plan(out: Console, plan: MergePlan) -> None:
 
     inputs = Table(title="Inputs", title_justify="left")
     for column in ("", "format", "parameters", "size", "passes"):
-        inputs.add_column(column, justify="left" if column in ("", "format") else "right")
+        inputs.add_column(column, justify="left" if column in ("", "format") else "right", overflow="fold")
     for given in plan.inputs:
         size = decimal(given.nbytes)
         inputs.add_row(escape(given.label), given.format, f"{given.parameters}", size, f"{given.passes}")
@@ -159,7 +159,7 @@ def _print_plan(out: Console, plan: MergePlan) -> None:
     for used in plan.methods:
         methods.add_row(used.name, f"{used.parameters}", f"{used.elements:,}", f"{used.passes}")
     outputs = Table(title="Output", title_justify="left")
-    outputs.add_column("file")
+    outputs.add_column("file", overflow="fold")
     outputs.add_column("size", justify="right")
     for name, size_in_bytes in plan.files.items():
         outputs.add_row(name, decimal(size_in_bytes))

@@ -78,7 +78,7 @@ def _print_result(recipe: Recipe, result: RunResult) -> None:
         f"{result.metric} after {result.steps} steps", highlight=False
     )  # a title would be cut to the table's width
     table = Table()
-    table.add_column("task" if result.merged else "split")
+    table.add_column("task" if result.merged else "split", overflow="fold")
     table.add_column("expert", justify="right")
     for method, scale in result.scales.items():
         table.add_column(f"{method}\nscale {scale:g}", justify="right")

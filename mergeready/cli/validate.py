@@ -142,7 +142,7 @@ def _print_report(screen: Console, report: Report) -> None:
 
     table = Table(title=escape(report.expert), title_justify="left")
     for column in ("check", "level", "verdict", "what was found"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for verdict in report.verdicts:
         severity = f" ({verdict.severity})" if verdict.status == "failed" else ""
         message = f"{escape(verdict.title)}: {escape(verdict.message)}"

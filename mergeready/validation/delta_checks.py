@@ -11,7 +11,7 @@ import torch
 from mergeready.errors import NonFiniteError, NotTrainedError, listing
 from mergeready.experts.sums import squared_norm
 from mergeready.metrics.inspection import inspect_vector
-from mergeready.validation.check import Limits, NotCheckedError, Result, check, compared, failed, passed
+from mergeready.validation.check import Limits, Result, check, compared, failed, passed
 from mergeready.validation.subject import Subject
 from mergeready.weights.source import chunk_ranges
 
@@ -61,7 +61,7 @@ def drift(subject: Subject, limits: Limits) -> Result:
         return failed(
             f"‖τ‖ is {total:.2g} of the base's norm", value=total, threshold=limits["relative_norm"]
         )
-    logs = {name: math.log(value) for name, value in relative.items() if value > 0}
+    logs = {name: math.log(value) for name, value in relative.items()}
     if len(logs) < _FEWEST:
         return passed(
             f"‖τ‖ is {total:.2g} of the base's norm; too few matrices to call one an outlier", value=total
@@ -94,22 +94,21 @@ def resolution(subject: Subject, limits: Limits) -> Result:
 
     Rounding errors of a value w are about uniform in ± ulp(w) / 2, so their mean square is ulp² / 12.
     """
-    source, squares = subject.source, subject.squares
+    squares = subject.changed
     if subject.adapter_kind is not None:
         return passed("an adapter stores the change itself")
-    narrow = {i.dtype for i in source.infos.values() if i.dtype in (torch.bfloat16, torch.float16)}
+    narrow = {i.dtype for i in subject.source.infos.values() if i.dtype in (torch.bfloat16, torch.float16)}
     if not narrow:
         return passed("stored in 32 bits or more")
     base = subject.base.source
     noise = 0.0
-    for name, value in squares.items():
+    for name in squares:
         dtype = base.infos[name].dtype if base.infos[name].dtype in narrow else next(iter(narrow))
-        if value > 0:
-            for start, stop in chunk_ranges(base.infos[name]):
-                weights = base.read_flat(name, start, stop).float().cpu()
-                noise += squared_norm(torch.exp2(torch.floor(torch.log2(weights.abs().clamp(min=1e-30))))) * (
-                    torch.finfo(dtype).eps ** 2 / 12
-                )
+        for start, stop in chunk_ranges(base.infos[name]):
+            weights = base.read_flat(name, start, stop).float().cpu()
+            noise += squared_norm(torch.exp2(torch.floor(torch.log2(weights.abs().clamp(min=1e-30))))) * (
+                torch.finfo(dtype).eps ** 2 / 12
+            )
     lost = math.sqrt(noise / sum(squares.values()))
     stored = listing(sorted(str(dtype).removeprefix("torch.") for dtype in narrow))
     message = f"rounding to {stored} costs about {lost:.1%} of ‖τ‖"
@@ -126,8 +125,7 @@ def resolution(subject: Subject, limits: Limits) -> Result:
 )
 def spread(subject: Subject, limits: Limits) -> Result:
     """Sparsity, mass of the largest entries and rank: what trimming and dropping methods will find."""
-    if not sum(subject.squares.values()):
-        raise NotCheckedError("D200 failed")
+    _ = subject.changed
     found = inspect_vector(subject.expert.vector, subject.base.source)
     message = (
         f"{found.sparsity:.1%} of entries unchanged, {found.top_mass:.0%} of ‖τ‖² in the top 1 %, "
@@ -139,15 +137,13 @@ def spread(subject: Subject, limits: Limits) -> Result:
 
 
 def _relative_norms(subject: Subject) -> tuple[Mapping[str, float], float]:
-    """‖τ‖ / ‖θ₀‖ of each changed matrix, and of all changed parameters together."""
+    """‖τ‖ / ‖θ₀‖ of each changed matrix, and of all parameters that it has together."""
     base, relative = subject.base.source, {}
-    ours, theirs = 0.0, 0.0
+    ours, theirs = sum(subject.changed.values()), 0.0
     for name, square in subject.squares.items():
         info = base.infos[name]
         own = sum(squared_norm(base.read_flat(name, a, b).float()) for a, b in chunk_ranges(info))
-        ours, theirs = ours + square, theirs + own
-        if len(info.shape) > 1 and own:
+        theirs += own
+        if len(info.shape) > 1 and own and square:
             relative[name] = math.sqrt(square / own)
-    if not ours:
-        raise NotCheckedError("D200 failed")
     return relative, math.sqrt(ours / theirs) if theirs else math.inf

@@ -117,9 +117,8 @@ def _sample(subject: Subject) -> list[str]:
     infos = subject.base.source.infos
     names = [
         name
-        for name, square in subject.squares.items()
-        if square > 0
-        and len(infos[name].shape) == 2
+        for name in subject.changed
+        if len(infos[name].shape) == 2
         and min(infos[name].shape) >= _SMALLEST
         and infos[name].numel <= _LARGEST
     ]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
-from mergeready.errors import FormatError, MergeReadyError
+from mergeready.errors import FormatError, MergeReadyError, NonFiniteError, NotTrainedError
 from mergeready.experts.adapter_folder import (
     AdapterConfig,
     AdapterFormat,
@@ -153,6 +153,17 @@ class Subject:
     def squares(self) -> Mapping[str, float]:
         """‖τ‖² by base parameter name."""
         return squared_norms(self.expert.vector)
+
+    @once
+    def changed(self) -> Mapping[str, float]:
+        """‖τ‖² by name of the parameters that it changed; not known where D200 fails."""
+        try:
+            found = {name: square for name, square in self.squares.items() if square > 0}
+        except (NonFiniteError, NotTrainedError) as error:
+            raise NotCheckedError("D200 failed") from error
+        if not found:
+            raise NotCheckedError("D200 failed")
+        return found
 
     @once
     def pairs(self) -> EstimatedComparison:

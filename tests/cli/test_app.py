@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from mergeready import cli
 from mergeready.cli.app import console
@@ -137,3 +139,27 @@ class TestHelp:
 
     def test_without_a_command(self) -> None:
         assert "Usage:" in run().output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("compare", "base", "LONG", "law"),
+        ("compare", "base", "LONG", "law", "--subspaces"),
+        ("compare", "base", "LONG", "law", "--partners-of", "law"),
+        ("merge", "base", "LONG", "--plan"),
+        ("validate", "LONG", "--base", "base", "--level", "base"),
+        ("inspect", "LONG", "--base", "base"),
+    ],
+    ids=lambda arguments: " ".join(arguments),
+)
+def test_narrow_terminals_cut_no_name(
+    arguments: tuple[str, ...], here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names that are longer than the table wrap; dots in their place would hide what differs."""
+    long = tmp_path / ("a" * 30 + "-" + "b" * 80)
+    shutil.copytree("law", long)
+    monkeypatch.setattr(f"mergeready.cli.{arguments[0]}.console", lambda: Console(width=60))
+    text = succeed(*(long if argument == "LONG" else argument for argument in arguments))
+    assert "…" not in text
+    assert "b" * 10 in text

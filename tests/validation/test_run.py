@@ -13,6 +13,7 @@ from mergeready.validation import CHECKS, Report, validate
 from mergeready.validation.check import LEVELS, Check, NotCheckedError, passed
 from mergeready.validation.run import run_check
 from mergeready.validation.subject import Subject
+from tests.models import tiny_bert
 from tests.validation.experts import (
     edit_json,
     edit_tensors,
@@ -160,6 +161,12 @@ def test_nothing_to_validate(tmp_path: Path) -> None:
         validate(tmp_path / "file")
 
 
+def others_of_the_change(report: Report) -> set[str]:
+    """What is said by checks of the change, which need one that is there."""
+    found = [v for v in report.verdicts if v.id in ("D201", "D202", "D203", "D204", "D205")]
+    return {v.message for v in found if v.status == "not checked"}
+
+
 class TestWhatIsWrong:
     def test_nan(self, base: Path, tmp_path: Path) -> None:
         law = write_full(tmp_path / "law")
@@ -175,6 +182,7 @@ class TestWhatIsWrong:
         assert found["F003"].where == ("classifier.weight",)
         assert "diverged" in found["D200"].fix
         assert "is its base" not in found["D200"].fix
+        assert others_of_the_change(report) == {"D200 failed"}
 
     def test_untrained(self, base: Path, tmp_path: Path) -> None:
         law = write_adapter(tmp_path / "law")
@@ -209,7 +217,14 @@ class TestWhatIsWrong:
     def test_the_base_itself(self, base: Path) -> None:
         report = validate(base, base, level="base")
         assert "D200" in failed(report)
+        assert others_of_the_change(report) == {"D200 failed"}
         assert "is its base" in next(v.fix for v in report.verdicts if v.id == "D200")
+
+    def test_the_base_itself_in_16_bits(self, tmp_path: Path) -> None:
+        tiny_bert().to(torch.bfloat16).save_pretrained(tmp_path)
+        report = validate(tmp_path, tmp_path, level="base")
+        assert "D200" in failed(report)
+        assert next(v.message for v in report.verdicts if v.id == "D204") == "D200 failed"
 
     def test_a_residual_base(self, base: Path, tmp_path: Path) -> None:
         law = write_adapter(tmp_path / "law")
