@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any, cast
 
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
 
 from mergeready.errors import OptionError, listing
 from mergeready.recipes.sources import DataSettings, Split
 from mergeready.targets import call_target, is_target
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+_UNREADABLE = (OSError, ValueError, DatasetsError)
 _READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -47,17 +49,19 @@ def _load(settings: DataSettings) -> Mapping[str, Dataset]:
     if is_target(name):
         return _by_split(call_target(name, "data", settings.arguments), name)
     path = Path(name)
-    if path.is_dir():
-        stored = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
-        return _by_split(load_from_disk(name) if stored else load_dataset(name), name)
-    if path.suffix in _READERS:
+    if path.suffix in _READERS and not path.is_dir():
         return _from_files({"train": name})
+    stored = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
     try:
-        return _by_split(load_dataset(name, settings.subset, revision=settings.revision), name)
-    except (OSError, ValueError) as error:
-        raise OptionError(
-            f"`data` names {name}, which is no folder or file here, and as a hub id it cannot be loaded: {error}"
-        ) from error
+        found = (
+            load_from_disk(name)
+            if stored
+            else load_dataset(name, settings.subset, revision=settings.revision)
+        )
+    except _UNREADABLE as error:
+        place = "a folder that" if path.is_dir() else "no folder or file here, and as a hub id it"
+        raise OptionError(f"`data` names {name}, which is {place} cannot be loaded: {error}") from error
+    return _by_split(found, name)
 
 
 def _from_files(files: Mapping[Split, str | list[str]]) -> Mapping[str, Dataset]:
@@ -66,14 +70,18 @@ def _from_files(files: Mapping[Split, str | list[str]]) -> Mapping[str, Dataset]
     absent = [str(path) for path in every if not path.is_file()]
     if absent:
         raise OptionError(f"`data.files` names what is not there: {listing(absent)}.")
-    kinds = {_READERS.get(path.suffix) for path in every}
-    if len(kinds) != 1 or None in kinds:
+    kinds = {(_READERS.get(path.suffix), path.suffix == ".tsv") for path in every}
+    [(reader, tabs), *others] = kinds
+    if others or reader is None:
         raise OptionError(
-            f"`data.files` must all be csv, json, jsonl or parquet, not {listing(map(str, every))}."
+            f"`data.files` must all be csv, tsv, json, jsonl or parquet, not {listing(map(str, every))}."
         )
-    reader = cast("str", kinds.pop())
-    options = {"delimiter": "\t"} if every[0].suffix == ".tsv" else {}
-    return _by_split(load_dataset(reader, data_files=by_split, **options), "the files")
+    options = {"delimiter": "\t"} if tabs else {}
+    try:
+        found = load_dataset(reader, data_files=by_split, **options)
+    except _UNREADABLE as error:
+        raise OptionError(f"{listing(map(str, every))} cannot be read as {reader}: {error}") from error
+    return _by_split(found, "the files")
 
 
 def _by_split(found: Any, name: str) -> Mapping[str, Dataset]:

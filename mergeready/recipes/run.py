@@ -75,8 +75,11 @@ class Run:
 
     @property
     def base(self) -> Any:
-        """The weights that training started from; None for adapters, which carry them."""
-        if self.recipe.task.lora is not None:
+        """The weights that training started from; None for adapters of language models, which hold them all.
+
+        A classifier's new head is no part of them: members of a team have heads of different sizes.
+        """
+        if isinstance(self.recipe.task, CausalLM) and self.recipe.task.lora is not None:
             return self.recipe.mergeready.base
         return self.recipe.mergeready.base or self.prepared.base
 

@@ -9,14 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mergeready.errors import FormatError, OptionError
+from mergeready.errors import OptionError
 from mergeready.merging import MergeMethod, make_method
 from mergeready.merging.scale_search import check_scales
 from mergeready.merging.tune import FIRST_SCALES, MAX_EVALUATIONS
 from mergeready.training.techniques.technique_set import TechniqueSet
+from mergeready.weights.yaml_text import read_yaml
 
 _Positive = Annotated[int, Field(ge=1)]
 _PositiveFloat = Annotated[float, Field(gt=0)]
@@ -234,11 +234,7 @@ def load_study(path: str | Path) -> StudySettings:
         FormatError: If it cannot be read, or is not YAML.
         OptionError: If it says something that a study does not have; every such key is named.
     """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise FormatError(f"{path} cannot be read as YAML ({error}).") from error
-    return parse_study(content, str(path))
+    return parse_study(read_yaml(path), str(path))
 
 
 def parse_study(content: Any, label: str = "the study") -> StudySettings:

@@ -223,10 +223,30 @@ def test_files_and_a_python_evaluation(tmp_path: Path) -> None:
     assert prepared.trainer.model.config.id2label == {0: "no", 1: "yes"}
 
 
+def test_data_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.json").write_text('{"text": "a"')
+    for suffix in ("csv", "tsv"):
+        (tmp_path / f"rows.{suffix}").write_text("text,label\na,b\n")
+    both = {"train": str(tmp_path / "rows.csv"), "test": str(tmp_path / "rows.tsv")}
+    with pytest.raises(OptionError, match="must all be csv, tsv, json"):
+        prepare(parse_recipe(content(tmp_path / "run") | {"data": {"files": both}}))
+    for place, message in (("empty", "is a folder that cannot be loaded"), ("broken.json", "as json")):
+        given = content(tmp_path / "run") | {"data": str(tmp_path / place)}
+        with pytest.raises(OptionError, match=f"{place}.*{message}"):
+            prepare(parse_recipe(given))
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("trained", ["full", "lora"])
 @pytest.mark.parametrize("exchange", ["experts", "fingerprints"])
-def test_a_team_trains_in_rounds_and_resumes(tmp_path: Path, exchange: str) -> None:
+def test_a_team_trains_in_rounds_and_resumes(tmp_path: Path, exchange: str, trained: str) -> None:
     given = content(tmp_path / "team", steps=4)
+    name = "model.safetensors"
+    if trained == "lora":
+        pytest.importorskip("peft")
+        given["task"]["lora"] = {"rank": 2, "targets": ["query", "value"]}
+        name = "adapter_model.safetensors"
     given["team"] = {
         "members": {
             "a": {"data": {"with": {"task": "udhr"}}},
@@ -247,10 +267,10 @@ def test_a_team_trains_in_rounds_and_resumes(tmp_path: Path, exchange: str) -> N
     suffix = "" if exchange == "experts" else ".fingerprint.safetensors"
     assert (tmp_path / f"team/shown/round-1/a{suffix}").exists()
     # Without its result the team only merges again.
-    before = (tmp_path / "team/a/expert/model.safetensors").stat().st_mtime_ns
+    before = (tmp_path / "team/a/expert" / name).stat().st_mtime_ns
     (tmp_path / "team/result.json").unlink()
     assert run_team(recipe) == result
-    assert (tmp_path / "team/a/expert/model.safetensors").stat().st_mtime_ns == before
+    assert (tmp_path / "team/a/expert" / name).stat().st_mtime_ns == before
 
 
 @pytest.mark.slow
