@@ -43,14 +43,14 @@ class Difference(TaskVector):
         taken = self._second.flat(name, start, stop, base)
         if name not in self._first:
             return taken.neg_()
-        return self._first.flat(name, start, stop, base).sub_(taken)
+        values = self._first.flat(name, start, stop, base)
+        return values.sub_(taken.to(values.device))
 
     def __getitem__(self, name: str) -> Delta:
         first, second = (vector.get(name) for vector in (self._first, self._second))
         if isinstance(first, LowRank) and isinstance(second, LowRank):
-            return LowRank(
-                torch.cat([first.B, second.B], dim=1), torch.cat([first.A, -second.A], dim=0), first.shape
-            )
+            B, A = second.B.to(first.B.device), second.A.to(first.A.device)
+            return LowRank(torch.cat([first.B, B], dim=1), torch.cat([first.A, -A], dim=0), first.shape)
         if first is not None and second is None:
             return first
         info = self.infos[name]

@@ -62,7 +62,7 @@ class Frame:
         pairs = [_factors(d, where) for d in taking_part]
         small = [pair for pair in pairs if pair is not None]
         if len(small) < len(pairs) or sum(B.shape[1] for B, _ in small) >= min(shape):
-            matrices = [as_matrix(d).to(where) for d in taking_part]
+            matrices = [as_matrix(d, where) for d in taking_part]
             return cls(Changes(matrices, factors), shape, None, None, slots)
         left, upper = torch.linalg.qr(torch.cat([B for B, _ in small], dim=1))
         right, lower = torch.linalg.qr(torch.cat([A for _, A in small], dim=0).T.contiguous())
@@ -73,7 +73,7 @@ class Frame:
     def whole(self, deltas: Sequence[Delta | None]) -> Frame:
         """The same without bases: changes are the deltas themselves."""
         chosen = [delta for slot in self.slots if (delta := deltas[slot]) is not None]
-        matrices = [as_matrix(delta).to(self.changes.device) for delta in chosen]
+        matrices = [as_matrix(delta, self.changes.device) for delta in chosen]
         return Frame(Changes(matrices, self.changes.weights), self.shape, None, None, self.slots)
 
     def restore(self, core: Tensor) -> Tensor:
@@ -88,11 +88,11 @@ def all_finite(deltas: Sequence[Delta | None]) -> bool:
     return all(bool(torch.isfinite(part).all()) for d in deltas if d is not None for part in _parts(d))
 
 
-def as_matrix(delta: Delta) -> Tensor:
-    """The whole change as (rows, columns)."""
+def as_matrix(delta: Delta, device: torch.device) -> Tensor:
+    """The whole change as (rows, columns), on a device that has float64, which that of the delta may lack."""
     if isinstance(delta, LowRank):
-        return delta.B.double() @ delta.A.double()
-    return (delta.value if isinstance(delta, Dense) else dense(delta)).reshape(matrix_shape(delta))
+        return delta.B.to(device, torch.float64) @ delta.A.to(device, torch.float64)
+    return (delta.value if isinstance(delta, Dense) else dense(delta)).reshape(matrix_shape(delta)).to(device)
 
 
 def _parts(delta: Delta) -> Sequence[Tensor]:

@@ -51,6 +51,17 @@ def test_reading_changes_neither_expert() -> None:
     assert torch.equal(b, kept[1])
 
 
+def test_a_model_on_an_accelerator_and_a_file() -> None:
+    """Results are where the first is; the meta device stands for an accelerator."""
+    low, other = adapters((12, 20), [2, 3])
+    there = LowRank(low.B.to("meta"), low.A.to("meta"), low.shape)
+    for first, second in ((there, other), (torch.randn(12, 20, device="meta"), torch.randn(12, 20))):
+        found = Difference(vector(both=first), vector(both=second))
+        assert found.flat("both", 0, 30).device.type == "meta"
+        delta = found["both"]
+        assert (delta.B if isinstance(delta, LowRank) else delta.value).device.type == "meta"
+
+
 def test_what_is_left_has_nothing_of_the_direction() -> None:
     a, b = torch.randn(2, 12, 20)
     found = Without(vector(both=a, first=a), vector(both=b, second=b))

@@ -100,4 +100,19 @@ def test_what_is_not_finite_is_seen_in_every_form(value: float) -> None:
 def test_vectors_are_columns() -> None:
     delta = Dense(torch.tensor([1.0, 2.0]))
     assert matrix_shape(delta) == (2, 1)
-    assert as_matrix(delta).tolist() == [[1.0], [2.0]]
+    assert as_matrix(delta, torch.device("cpu")).tolist() == [[1.0], [2.0]]
+
+
+def test_float64_is_made_where_it_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device without it, factors are moved before they are widened, not after."""
+    low, other = adapters((12, 20), [7, 8])
+    exact_sum = exact(low)
+
+    def refused(self: Tensor) -> Tensor:
+        raise TypeError("this device has no float64")
+
+    monkeypatch.setattr(Tensor, "double", refused)
+    frame = Frame.of([low, other], [1.0, 1.0])
+    assert frame is not None
+    assert frame.left is None
+    torch.testing.assert_close(frame.changes[0], exact_sum, rtol=1e-5, atol=1e-7)

@@ -35,7 +35,7 @@ def with_example_ids(dataset: Any, *, key: str | None = None) -> Any:
 
     Raises:
         UnsupportedError: If its examples are packed, several to a row.
-        OptionError: If it can be neither indexed nor iterated, or has no field ``key``.
+        OptionError: If it can be neither indexed nor iterated, has no field ``key``, or content that cannot be hashed.
 
     Example:
         >>> with_example_ids([{"x": 1.0}, {"x": 2.0}])[1]
@@ -109,7 +109,10 @@ def take_ids(batch: Any) -> tuple[Tensor | None, Tensor | None]:
 def content_id(content: Any) -> int:
     """63 bits of a hash of an example, the same in every process.
 
-    Tensors and arrays count by their bytes, other values as they are printed.
+    Tensors, arrays and images of PIL count by their values, others as they are printed.
+
+    Raises:
+        OptionError: If a value prints as its address, which would be another example in every process.
 
     Example:
         >>> content_id({"a": 1, "b": [2.0]}) == content_id({"b": [2.0], "a": 1})
@@ -225,11 +228,18 @@ def _feed(digest: Any, content: Any) -> None:
         digest.update(f"[{len(content)}:".encode())
         for value in content:
             _feed(digest, value)
-    elif isinstance(content, Tensor | np.ndarray):
-        if isinstance(content, Tensor):
-            content = content.detach().cpu()
-            content = (content.view(torch.int16) if content.dtype == torch.bfloat16 else content).numpy()
-        array = content
-        digest.update(f"<{array.dtype}{array.shape}:".encode() + np.ascontiguousarray(array).tobytes())
+    elif isinstance(content, Tensor):
+        plain = content.detach().cpu()
+        _feed(digest, (plain.view(torch.int16) if plain.dtype == torch.bfloat16 else plain).numpy())
+    elif isinstance(content, np.ndarray):
+        digest.update(f"<{content.dtype}{content.shape}:".encode() + np.ascontiguousarray(content).tobytes())
+    elif type(content).__module__.startswith("PIL."):
+        digest.update(f"<{content.mode}{content.size}:".encode() + content.tobytes())
     else:
-        digest.update(f"({type(content).__name__} {content!r})".encode())
+        text = repr(content)
+        if " at 0x" in text and not isinstance(content, str | bytes):
+            raise OptionError(
+                f"an example holds a value of type {type(content).__name__}, which prints where it lies in memory and "
+                "not what it is: name a field that tells examples apart with `key`."
+            )
+        digest.update(f"({type(content).__name__} {text})".encode())

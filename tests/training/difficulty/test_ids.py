@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 from transformers import DataCollatorWithFlattening, DataCollatorWithPadding
 
@@ -99,6 +100,17 @@ def test_content_is_what_counts() -> None:
     ]
     assert len({content_id(other) for other in [example, *others]}) == 5
     assert all(0 <= content_id(i) < 2**63 for i in range(100))
+
+
+def test_images_count_by_their_pixels_and_addresses_not_at_all() -> None:
+    pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    one = content_id({"image": Image.fromarray(pixels)})
+    assert content_id({"image": Image.fromarray(pixels.copy())}) == one
+    assert content_id({"image": Image.fromarray(pixels.reshape(2, 8, 3))}) != one
+    assert content_id({"image": Image.fromarray(255 - pixels)}) != one
+    with pytest.raises(OptionError, match="a value of type object, which prints where it lies in memory"):
+        content_id({"x": object()})
+    assert content_id("a stone at 0x7f") != content_id("a stone at 0x80")
 
 
 def test_content_in_bf16_and_keys_of_64_bits() -> None:
