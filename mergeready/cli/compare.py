@@ -18,7 +18,13 @@ from mergeready.cli.compare_many import (
     write,
 )
 from mergeready.cli.compare_subspaces import require_weights, show_subspaces
-from mergeready.cli.compare_tables import CAUTION, MOST_IN_TABLES, print_comparison, print_estimates
+from mergeready.cli.compare_tables import (
+    CAUTION,
+    MOST_IN_TABLES,
+    print_comparison,
+    print_estimates,
+    print_precision,
+)
 from mergeready.errors import OptionError, listing
 
 
@@ -84,6 +90,7 @@ def compare(
         pairs = estimate(base, experts, strict=strict)
         if len(experts) <= MOST_IN_TABLES:
             print_estimates(screen, pairs.as_lists())
+        print_precision(screen, pairs)
     else:
         opened_base, opened = open_all(base, experts, strict)
         exact = compare_vectors([expert.vector for expert in opened], opened_base.source)

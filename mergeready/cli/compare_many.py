@@ -86,7 +86,8 @@ def print_summary(screen: Console, pairs: AllPairs) -> None:
         more = f", and {len(members) - _LONGEST_LIST} more" if len(members) > _LONGEST_LIST else ""
         table.add_row(str(number), str(len(members)), shown + more)
     alone = len(labels) - sum(len(members) for members in found)
-    screen.print(table if found else "No two experts are similar.")
+    if found:
+        screen.print(table)
     screen.print(f"{alone} experts are similar to no other.", highlight=False)
     table = Table(title="Pairs that oppose each other most", title_justify="left")
     for column in ("expert", "expert", "cosine", "sign conflict"):

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from mergeready.metrics.all_pairs import EstimatedComparison
+    from mergeready.metrics.all_pairs import AllPairs, EstimatedComparison
     from mergeready.metrics.compare import Comparison, Pairs
 
 CAUTION = "These are diagnostics: they predict merged quality badly. Merge and evaluate to know."
@@ -19,17 +19,19 @@ MOST_IN_TABLES = 16
 
 
 def print_estimates(screen: Console, comparison: EstimatedComparison) -> None:
-    """All pairs, and how exact the estimates are."""
+    """All pairs."""
     _print_sizes(screen, comparison, {"norm": [f"{norm:.4g}" for norm in comparison.norms]})
     _print_pairs(screen, comparison)
-    worst = [
-        max(max(row) for row in errors)
-        for errors in (comparison.cosine_error, comparison.sign_error)
-        if errors is not None
-    ]
+
+
+def print_precision(screen: Console, pairs: AllPairs) -> None:
+    """That pairs are estimates, and how exact these are."""
+    import numpy as np
+
     found = ""
-    if len(worst) == 2:
-        found = f", standard errors at most {worst[0]:.2g} (cosine) and {worst[1]:.2g} (sign conflict)"
+    if pairs.cosine_error is not None and pairs.sign_error is not None:
+        cosine, signs = (float(np.nanmax(errors)) for errors in (pairs.cosine_error, pairs.sign_error))
+        found = f", standard errors at most {cosine:.2g} (cosine) and {signs:.2g} (sign conflict)"
     screen.print(f"Estimated from fingerprints{found}.", style="dim", highlight=False)
 
 

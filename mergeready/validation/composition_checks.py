@@ -54,9 +54,7 @@ def retention(subject: Subject, limits: Limits) -> Result:
     and the result says so.
     """
     base, expert = subject.own_scores
-    gain = expert.value - base.value
-    if not gain:
-        raise NotCheckedError("the expert is no better than its base")
+    gain = subject.gain(base.value, expert.value)
     others, kind = _others(subject)
     found = {method: _tuned(subject, others, method) for method in METHODS}
     kept = {method: (tuned.tasks[OWN] - base.value) / gain for method, tuned in found.items()}
@@ -101,9 +99,7 @@ def scale_range(subject: Subject, limits: Limits) -> Result:
 def bad_expert(subject: Subject, limits: Limits) -> Result:
     """Retention of the own task by TIES when one more expert is noise of the same norm, at the scale that was best."""
     base, expert = subject.own_scores
-    gain = expert.value - base.value
-    if not gain:
-        raise NotCheckedError("the expert is no better than its base")
+    gain = subject.gain(base.value, expert.value)
     others, kind = _others(subject)
     method = METHODS[1]
     tuned = _tuned(subject, others, method)

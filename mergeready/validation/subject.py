@@ -196,6 +196,16 @@ class Subject:
         """Its direction."""
         return is_greater_better(self.metric, self.evaluation.greater_is_better)
 
+    def gain(self, base: float, value: float) -> float:
+        """What a value of the metric is above the base's, in the metric's own sign; not there where it is no better.
+
+        Of a loss of quality, shares that are kept would mean the opposite of what they say.
+        """
+        found = value - base
+        if not (found > 0 if self.greater_is_better else found < 0):
+            raise NotCheckedError("the expert is no better than its base")
+        return found
+
     @once
     def own_scores(self) -> tuple[Score, Score]:
         """The own task's score of base and expert."""

@@ -27,6 +27,7 @@ def test_a_crowd_is_summed_up(crowd: Path, tmp_path: Path) -> None:
         "--partners-of", experts[4], "-k", "3",
     )  # fmt: skip
     assert "18 experts are similar to no other" in text
+    assert "Estimated from fingerprints, standard errors at most" in text
     assert "Pairs that oppose each other most" in text
     assert "Partners for e5" in text
     assert (

@@ -107,6 +107,16 @@ def test_losses_count_the_other_way_round(world: Path) -> None:
     assert kept > 0.05
 
 
+def test_what_a_worse_expert_keeps_is_not_taken_for_a_gain(world: Path) -> None:
+    """Its loss of quality, and what merging adds to it, have one sign: their ratio is no retention."""
+    report = check(world, greater_is_better=False)
+    assert verdict(report, "E302").status == "failed"
+    for name in ("E304", "C402", "C404"):
+        assert verdict(report, name).status == "not checked"
+        assert verdict(report, name).message == "the expert is no better than its base"
+    assert not report.is_merge_ready
+
+
 def test_an_opponent_is_seen(world: Path, tmp_path: Path) -> None:
     base, own = state_of(Net()), state_of(expert(0, steps=60))
     opposite = Net()
