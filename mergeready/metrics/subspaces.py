@@ -72,17 +72,14 @@ def compare_subspaces(
 
     Raises:
         OptionError: If there are fewer than two experts, or a number is out of range.
+        BaseMismatchError: If they, or the merge, are of different bases.
         NonFiniteError: If they hold NaN or infinite values; all such parameters are listed.
 
     Example:
-        >>> from mergeready.experts import BaseIdentity, DeltaTaskVector, Dense
-        >>> from mergeready.weights.source import TensorInfo
-        >>> infos = {"layer": TensorInfo((2, 2), torch.float32)}
-        >>> vectors = [
-        ...     DeltaTaskVector({"layer": Dense(torch.diag(torch.tensor(d)))}, infos, BaseIdentity({}), "")
-        ...     for d in ([1.0, 0.0], [0.0, 2.0])
-        ... ]
-        >>> found = compare_subspaces(vectors)
+        >>> from mergeready.experts import open_expert
+        >>> base = {"layer": torch.zeros(2, 2)}
+        >>> experts = [{"layer": torch.diag(torch.tensor(d))} for d in ([1.0, 0.0], [0.0, 2.0])]
+        >>> found = compare_subspaces([open_expert(expert, base).vector for expert in experts])
         >>> found.overlap[0][1], found.interference, found.times_over
         (0.0, 0.0, 1.0)
     """
@@ -92,6 +89,8 @@ def compare_subspaces(
         raise OptionError(f"`rank` must be at least 1, not {rank}.")
     if not 0 < kept <= 1:
         raise OptionError(f"`kept` must be in (0, 1], not {kept}.")
+    for other in [*vectors[1:], *([] if merged is None else [merged])]:
+        vectors[0].base.require_same(other.base, other.label)
     sums, broken = _Sums(len(vectors)), []
     for name in dict.fromkeys(n for v in vectors for n, info in v.infos.items() if len(info.shape) > 1):
         deltas = [vector.get(name) for vector in vectors]
@@ -161,12 +160,14 @@ def _add_matrix(sums: _Sums, frame: Frame, merged_given: bool, rank: int, kept: 
     """Add what one parameter's changes say; the merge's own is the last of them where one was given."""
     changes = dict(zip(frame.slots, frame.changes, strict=True))
     goal = changes.pop(sums.count, None)
+    triples = {slot: thin_svd(change) for slot, change in changes.items()}
+    if sum(len(values) > 0 for _, values, _ in triples.values()) < 2:  # factors may cancel to nothing
+        return
     if goal is None:  # a merge may leave a parameter as it is, though experts change it
         first = next(iter(changes.values()))
         goal = (
             torch.zeros_like(first) if merged_given else total(change.clone() for change in changes.values())
         )
-    triples = {slot: thin_svd(change) for slot, change in changes.items()}
     sums.matrices += 1
     _add_experts(sums, triples, rank)
     sums.chance.add(chance_overlap(frame.shape[1], rank))

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergeready.errors import NonFiniteError, OptionError
-from mergeready.experts import BaseIdentity, Delta, DeltaTaskVector, Dense, dense
+from mergeready.errors import BaseMismatchError, NonFiniteError, OptionError
+from mergeready.experts import BaseIdentity, Delta, DeltaTaskVector, Dense, LowRank, dense
 from mergeready.metrics.right_overlap import right_overlap
 from mergeready.metrics.singular_interference import relative_interference
 from mergeready.metrics.subspaces import SubspaceComparison, compare_subspaces
@@ -18,10 +18,12 @@ from tests.merging.matrices import adapters, matrices
 from tests.metrics.test_subspace_alignment import exact
 
 
-def vector(deltas: dict[str, Delta | Tensor], label: str = "expert") -> DeltaTaskVector:
+def vector(
+    deltas: dict[str, Delta | Tensor], label: str = "expert", base: str = "a digest"
+) -> DeltaTaskVector:
     made = {name: Dense(d) if isinstance(d, Tensor) else d for name, d in deltas.items()}
     infos = {name: TensorInfo(tuple(d.shape), torch.float32) for name, d in made.items()}
-    return DeltaTaskVector(made, infos, BaseIdentity({}), label)
+    return DeltaTaskVector(made, infos, BaseIdentity({"x": base}), label)
 
 
 def close(a: SubspaceComparison, b: SubspaceComparison, tolerance: float = 1e-5) -> None:
@@ -87,6 +89,18 @@ def test_matrices_of_one_expert_only_are_left_out() -> None:
     assert found.overlap[0][0] == 1.0
 
 
+def test_factors_that_cancel_change_nothing() -> None:
+    B, A = torch.zeros(30, 2), torch.zeros(2, 20)
+    B[:, 0], A[1] = torch.randn(30), torch.randn(20)
+    nothing, (low,) = LowRank(B, A, (30, 20)), adapters((30, 20), [2])
+    for deltas in ([nothing, nothing], [nothing, low]):
+        assert compare_subspaces([vector({"x": delta}) for delta in deltas]).matrices == 0
+    found = compare_subspaces([vector({"x": delta}) for delta in (low, nothing, low)])
+    assert found.matrices == 1
+    assert math.isnan(found.alignment[1])
+    assert found.interference == pytest.approx(1.0)
+
+
 def test_experts_that_cancel_have_no_merge() -> None:
     (a,) = matrices((12, 20), 1)
     found = compare_subspaces([vector({"x": a}), vector({"x": -a})])
@@ -106,6 +120,14 @@ def test_broken_values_are_named_all_at_once() -> None:
     broken[0, 0] = math.nan
     with pytest.raises(NonFiniteError, match="NaN or infinite values in x0, x2"):
         check_broken([broken, b], [a, b], [a, broken])
+
+
+def test_all_must_be_of_one_base() -> None:
+    a, b = matrices((12, 20), 2)
+    own, stranger = vector({"x": a}), vector({"x": b}, "stranger", "another digest")
+    for experts, merged in (([own, stranger], None), ([own, own], stranger)):
+        with pytest.raises(BaseMismatchError, match="stranger was made for another base"):
+            compare_subspaces(experts, merged)
 
 
 def test_arguments_are_checked() -> None:
