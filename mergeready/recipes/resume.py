@@ -56,7 +56,8 @@ def newest_checkpoint(folder: Path) -> Path | None:
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
         if checkpoint_state(checkpoint) is not None:
             return checkpoint
-        shutil.rmtree(checkpoint)
+        if is_first_process():
+            shutil.rmtree(checkpoint)
     return None
 
 
@@ -69,13 +70,18 @@ def checkpoint_state(checkpoint: Path) -> dict[str, Any] | None:
     return state if isinstance(state, dict) else None
 
 
-def is_over(state: dict[str, Any]) -> bool:
-    """Whether a run has taken its last step: all of them, or the one at which it was stopped."""
+def stop_reason(state: dict[str, Any]) -> str | None:
+    """Why a run was stopped; None where it was not, also if it only noted when it would have been."""
     history = (
         state.get("stateful_callbacks", {}).get("mergeready", {}).get("attributes", {}).get("history", [])
     )
-    stopped = any(record.get("kind") == "decision" and record.get("acted") for record in history)
-    return stopped or state["global_step"] >= state["max_steps"]
+    acted = (record for record in history if record.get("kind") == "decision" and record.get("acted"))
+    return next((str(record["reason"]) for record in acted), None)
+
+
+def is_over(state: dict[str, Any]) -> bool:
+    """Whether a run has taken its last step: all of them, or the one at which it was stopped."""
+    return stop_reason(state) is not None or state["global_step"] >= state["max_steps"]
 
 
 def _content(recipe: Recipe) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from mergeready.recipes.image_classification import prepare_image_classification
 from mergeready.recipes.prepared import Prepared
 from mergeready.recipes.recipe import Recipe
 from mergeready.recipes.result import RESULT_NAME, RunResult, read_result, write_result
-from mergeready.recipes.resume import checkpoint_state, claim, is_over, newest_checkpoint
+from mergeready.recipes.resume import checkpoint_state, claim, is_over, newest_checkpoint, stop_reason
 from mergeready.recipes.tasks import CausalLM, ImageClassification
 from mergeready.recipes.text_classification import prepare_text_classification
 from mergeready.training.peers import PeerLike
@@ -128,12 +128,15 @@ class Run:
             split: self._score(function, split) for split, function in self.prepared.evaluations.items()
         }
         metric = next(iter(scores.values()))[0] if scores else None
+        # A run that was over before has no state in its Trainer.
+        checkpoint = newest_checkpoint(self.folder)
+        state = (None if checkpoint is None else checkpoint_state(checkpoint)) or {}
         result = RunResult(
             metric=metric,
             scores={split: value for split, (_, value) in scores.items()},
             expert=EXPERT_NAME,
-            steps=_steps(self.folder, trainer.state.global_step),
-            stopped=_stopped(self.folder),
+            steps=max(trainer.state.global_step, state.get("global_step", 0)),
+            stopped=stop_reason(state),
             picks=_picks(self.folder),
         )
         if is_first_process():
@@ -168,22 +171,7 @@ class _Until(TrainerCallback):  # type: ignore[misc]  # transformers is not type
             control.should_save = control.should_training_stop = True
 
 
-def _steps(folder: Path, step: int) -> int:
-    checkpoint = newest_checkpoint(folder)
-    state = None if checkpoint is None else checkpoint_state(checkpoint)
-    return max(step, 0 if state is None else int(state["global_step"]))
-
-
-def _stopped(folder: Path) -> str | None:
-    summary = _json(folder / FOLDER_NAME / "summary.json")
-    stopped = summary.get("stopped") or []
-    return stopped[0]["reason"] if stopped else None
-
-
 def _picks(folder: Path) -> dict[str, str]:
-    index = _json(folder / FOLDER_NAME / "picks" / "picks.json")
+    path = folder / FOLDER_NAME / "picks" / "picks.json"
+    index = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return {label: f"{FOLDER_NAME}/picks/{pick['folder']}" for label, pick in index.items() if pick["folder"]}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -93,6 +93,25 @@ def test_a_folder_of_another_recipe_is_refused(whole: tuple[Path, RunResult], tm
         run_recipe(parse_recipe(content(tmp_path)))
 
 
+@pytest.mark.parametrize("on_stop", ["stop", "record"])
+def test_the_result_says_why_a_run_was_stopped_and_only_if_it_was(tmp_path: Path, on_stop: str) -> None:
+    given = content(tmp_path / "run", learning_rate=1e-12)
+    given["mergeready"]["stop"] = {"expert_plateau": {"patience": 1}}
+    given["mergeready"]["on_stop"] = on_stop
+    given["mergeready"]["probe"]["schedule"]["every"] = 2
+    result = run_recipe(parse_recipe(given))
+    history = read_history(tmp_path / "run/mergeready/history.jsonl")
+    assert [decision.step for decision in history.decisions] == [4]
+    if on_stop == "record":
+        assert (result.steps, result.stopped) == (6, None)
+        return
+    assert (result.steps, result.stopped) == (4, history.decisions[0].reason)
+    # Killed after its last checkpoint, before its end was written.
+    (tmp_path / "run/result.json").unlink()
+    (tmp_path / "run/mergeready/summary.json").unlink()
+    assert run_recipe(parse_recipe(given)) == result
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_happened(
     whole: tuple[Path, RunResult], tmp_path: Path
