@@ -55,6 +55,8 @@ def test_the_recommended_methods_differ_as_the_cells_say() -> None:
         change = results.difference((*end, method), ("constant", best, method))
         assert change is not None
         assert change.over_examples().high < 0  # type: ignore[operator]
+        assert (change.over_seeds().high < 0) == (method == "dare_ties")  # type: ignore[operator]
+    assert SITUATIONS[0]["note"].endswith("over seeds for dare_ties only")
     for method in SITUATIONS[1]["when"]["merge"]:
         best = results.best_step("constant", method)
         change = results.difference((*end, method), ("constant", best, method))
