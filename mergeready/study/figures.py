@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,15 @@ from mergeready.study.results import Results, Sample
 from mergeready.study.tables import merge_labels
 from mergeready.training.figures import EXPERT_COLOR, MARK_COLOR
 
-_COLORS = ("#d1495b", "#e59500", "#2a9d8f", "#7b4fa3", "#8a6d3b", "#5c8001", "#c2185b", "#455a64")
+# A method has one colour in all studies; others share what is left, in their order.
+_COLORS = {
+    "average": "#d1495b",
+    "task_arithmetic": "#e59500",
+    "ties": "#2a9d8f",
+    "tsv_m": "#7b4fa3",
+    "dare_ties": "#8a6d3b",
+}
+_MORE_COLORS = ("#5c8001", "#c2185b", "#455a64", "#00838f", "#ad8b00")
 
 
 def draw_study(results: Results, folder: Path) -> list[Path]:
@@ -129,7 +138,8 @@ def _draw_arms(results: Results, arms: Sequence[str], folder: Path) -> list[Path
 
 def _colors(results: Results) -> dict[str, str]:
     methods = merge_labels(results)
-    return {EXPERT: EXPERT_COLOR} | {m: _COLORS[i % len(_COLORS)] for i, m in enumerate(methods)}
+    more = itertools.cycle(_MORE_COLORS)
+    return {EXPERT: EXPERT_COLOR} | {method: _COLORS.get(method) or next(more) for method in methods}
 
 
 def _label(method: str) -> str:

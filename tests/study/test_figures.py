@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import pytest
+
+from mergeready.study import figures
+
+
+class Labels:
+    """Results that have merge methods and nothing else."""
+
+    def __init__(self, *methods: str) -> None:
+        self.methods = methods
+
+    def labels(self, kind: str) -> list[str]:
+        assert kind == "method"
+        return ["expert", *self.methods]
+
+
+def colors(*methods: str) -> dict[str, str]:
+    return figures._colors(Labels(*methods))  # type: ignore[arg-type]
+
+
+def test_a_method_has_one_colour_in_every_study() -> None:
+    few, many = colors("tsv_m", "ties"), colors("average", "mine", "ties", "task_arithmetic", "tsv_m")
+    assert few["ties"] == many["ties"]
+    assert few["tsv_m"] == many["tsv_m"]
+    assert few["expert"] == many["expert"]
+
+
+@pytest.mark.parametrize("own", [1, 4])
+def test_colours_of_one_figure_differ(own: int) -> None:
+    found = colors(
+        "average", "ties", "task_arithmetic", "tsv_m", "dare_ties", *(f"own {i}" for i in range(own))
+    )
+    assert len(set(found.values())) == len(found) == own + 6
