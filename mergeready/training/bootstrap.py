@@ -19,14 +19,18 @@ def estimate(score: Score, *, seed: int = 0) -> Estimate:
     return _with_interval(score.value, draws, len(score.examples))
 
 
-def retention(merged: Score, base: Score, expert: Score, *, seed: int = 0) -> Estimate | None:
-    """(merged − base) / (expert − base) with its interval; None where expert and base are equal.
+def retention(
+    merged: Score, base: Score, expert: Score, *, sign: float = 1.0, seed: int = 0
+) -> Estimate | None:
+    """(merged − base) / (expert − base) with its interval; None where the expert is no better than the base.
+
+    Of an expert that lost, the ratio would call a merge good that loses as well. ``sign`` is −1 where smaller is better.
 
     The three scores are resampled together, example by example, since they were measured on the same examples.
     The interval is left out where some draws put the expert level with the base, as the ratio has none there.
     """
     gain = expert.value - base.value
-    if abs(gain) < 1e-12:
+    if sign * gain < 1e-12:
         return None
     value = (merged.value - base.value) / gain
     columns = [score.examples for score in (merged, base, expert)]

@@ -165,9 +165,11 @@ class Prober:
                 greater_is_better=sign > 0,
                 max_evaluations=self.probe.max_evaluations,
             )
-        return self._result(search, scores, expert)
+        return self._result(search, scores, expert, sign)
 
-    def _result(self, search: ScaleSearch, scores: Mapping[str, Score], expert: Score) -> MergeResult:
+    def _result(
+        self, search: ScaleSearch, scores: Mapping[str, Score], expert: Score, sign: float
+    ) -> MergeResult:
         tasks: dict[str, TaskResult] = {}
         for task, score in scores.items():
             reference = self.references[task]
@@ -176,7 +178,7 @@ class Prober:
                 base=reference["base"].value,
                 expert=own_expert.value,
                 merged=estimate(score),
-                retention=retention(score, reference["base"], own_expert),
+                retention=retention(score, reference["base"], own_expert, sign=sign),
                 normalised=score.value / own_expert.value if own_expert.value else None,
             )
         kept = [result.retention.value for result in tasks.values() if result.retention is not None]

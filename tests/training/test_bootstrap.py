@@ -88,7 +88,7 @@ def test_against_brute_force(count: int) -> None:
 def test_retention_of_a_loss() -> None:
     """Where smaller is better, expert − base is negative, and so is merged − base: the ratio is what it was."""
     base, expert, merged = (np.linspace(a, a + 0.1, 40) for a in (2.0, 1.0, 1.25))
-    found = retention(score(merged), score(base), score(expert))
+    found = retention(score(merged), score(base), score(expert), sign=-1.0)
     assert found is not None
     assert found.value == pytest.approx(0.75)
     assert (found.low, found.high) == pytest.approx((0.75, 0.75))
@@ -98,6 +98,14 @@ def test_retention_without_a_gain_is_not_defined() -> None:
     half = score([0.0, 1.0])
     assert retention(score([1.0, 1.0]), half, score([1.0, 0.0])) is None
     assert retention(Score(0.9), Score(0.5), Score(0.5)) is None
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_an_expert_that_lost_has_kept_nothing_to_speak_of(sign: float) -> None:
+    """A merge that loses as much would be called whole."""
+    base, worse = Score(0.5), Score(0.5 - 0.1 * sign)
+    assert retention(worse, base, worse, sign=sign) is None
+    assert retention(worse, base, worse, sign=-sign) is not None
 
 
 def test_retention_has_no_interval_where_some_draws_have_no_gain() -> None:

@@ -149,7 +149,7 @@ def test_a_merge_that_never_helps_ends_at_the_base() -> None:
     result = prober.run(1, begin(probe)).merges["task_arithmetic"]
     assert result.scale == 0.0
     assert result.merged == result.tasks["own"].merged.value == result.tasks["own"].base == -0.5
-    assert result.retention == 0.0
+    assert result.retention is None  # the expert is worse than the base: there is nothing to keep
 
 
 class TestLaterProbes:
