@@ -24,7 +24,8 @@ def retention(
 ) -> Estimate | None:
     """(merged − base) / (expert − base) with its interval; None where the expert is no better than the base.
 
-    Of an expert that lost, the ratio would call a merge good that loses as well. ``sign`` is −1 where smaller is better.
+    Of an expert that lost, the ratio would call a merge good that loses as well. ``sign`` is −1 where smaller is
+    better.
 
     The three scores are resampled together, example by example, since they were measured on the same examples.
     The interval is left out where some draws put the expert level with the base, as the ratio has none there.
