@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from mergeready.experts.delta import Dense, LowRank, Rows
 from mergeready.validation import Verdict, validate
@@ -38,6 +39,8 @@ def test_factors_and_rows_are_measured_as_the_matrix_they_stand_for() -> None:
     factors = LowRank(B=B.float(), A=A.float(), shape=(30, 20))
     assert spectrum_of_delta(factors).stable_rank == pytest.approx(22 / 16, rel=1e-5)
     assert half_energy(factors) == pytest.approx(20 / 22, rel=1e-5)
+    odd = LowRank(B=B[:, :3].float(), A=A[:3].float(), shape=(30, 20))
+    assert half_energy(odd) == pytest.approx(20 / 21, rel=1e-5)  # two of three directions
     rows = Rows(index=torch.arange(4), value=torch.diag(values).float(), shape=(9, 4))
     assert spectrum_of_delta(rows).top_energy[1] == pytest.approx(16 / 22, rel=1e-5)
 
@@ -59,6 +62,49 @@ def test_an_adapter_states_what_half_its_rank_keeps(tmp_path: Path) -> None:
     assert "half the rank keeps" in found.message
     assert found.value is not None
     assert 0.25 < found.value < 0.9
+
+
+def changed(folder: Path, deltas: dict[str, Tensor]) -> Path:
+    """The base of :func:`write_base`, of which some parameters were changed."""
+    model = tiny_bert()
+    with torch.no_grad():
+        for name, delta in deltas.items():
+            model.get_parameter(name).add_(delta)
+    model.save_pretrained(folder)
+    return folder
+
+
+def matrices_of_base() -> dict[str, Tensor]:
+    return {n: p.detach() for n, p in tiny_bert().named_parameters() if p.ndim == 2 and min(p.shape) >= 16}
+
+
+def test_a_change_of_one_direction_is_said_and_one_of_many_is_not(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    shapes = {name: weight.shape for name, weight in matrices_of_base().items()}
+    for share, status in ((0.95, "failed"), (0.85, "passed")):
+        # Two directions: the first has a share of the energy that is known.
+        values = torch.tensor([share, 1 - share]).double().sqrt()
+        deltas = {
+            n: 0.01 * matrix(values, *shape, seed=i).float() for i, (n, shape) in enumerate(shapes.items())
+        }
+        found = verdict(changed(tmp_path / status, deltas), base, "D202")
+        assert found.value == pytest.approx(share, abs=1e-3)
+        assert found.status == status
+        assert "half the rank" not in found.message
+
+
+def test_an_adapter_of_rank_three_cannot_collapse_either(tmp_path: Path) -> None:
+    found = verdict(write_adapter(tmp_path / "law", r=3), write_base(tmp_path / "base"), "D202")
+    assert "rank 3 only" in found.message
+
+
+def test_adapters_of_too_low_rank_do_not_count_beside_others(tmp_path: Path) -> None:
+    """The median is that of matrices that were free to spread."""
+    base = write_base(tmp_path / "base")
+    options = {"r": 1, "rank_pattern": {"layer.1.attention.self.value": 8}}
+    found = verdict(write_adapter(tmp_path / "law", **options), base, "D202")
+    assert "median of 1 matrices" in found.message
+    assert "only" not in found.message
 
 
 def test_without_matrices_nothing_is_checked(tmp_path: Path) -> None:
