@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,18 @@ from transformers import AutoModel, AutoTokenizer
 from benchmarks.suites.backbones import minilm_l3, minilm_l6
 from benchmarks.suites.heads import pooled, zero_shot_head, zero_shot_logits
 from benchmarks.suites.text import TEXT_SUITE, load_text_task
+from mergeready.experts.factors import KroneckerFactors
 from mergeready.study.suite import StudySuite, StudyTask
+from mergeready.training.kronecker import kronecker_factors
 
 BACKBONES: dict[str, Callable[[], Path]] = {"minilm_l6": minilm_l6, "minilm_l3": minilm_l3}
 EVALUATION_BATCH = 50
+SHARED_EXAMPLES, SHARED_BATCH = 128, 16
+"""How many inputs a task lets others look at, and in which batches."""
 Row = tuple[list[int], int]
 """Token ids and label."""
+Inputs = dict[str, Tensor]
+"""Tokens, and the head that reads what the encoder makes of them."""
 
 
 def text(
@@ -48,6 +55,7 @@ def text(
         tasks: Names of the tasks.
     """
     folder = BACKBONES[backbone]()
+    batches: dict[str, list[Inputs]] = {}
     accuracy = partial(_accuracy, autocast=evaluate_in == "bfloat16")
     made = {}
     for name in tasks:
@@ -62,6 +70,7 @@ def text(
             "their true labels": accuracy(head, [rows[index] for index in noisy]),
             "right labels": accuracy(head, [rows[index] for index in clean]),
         }
+        batches[name] = _inputs(rows, head)
         made[name] = StudyTask(
             train=wrong,
             collate=_collate,
@@ -70,7 +79,22 @@ def text(
             test=accuracy(head, _rows(folder, data.test, max_tokens)),
             extra=extra if noisy else {},
         )
-    return StudySuite(model=partial(_encoder, folder), tasks=made)
+    return StudySuite(model=partial(_encoder, folder), tasks=made, given=_given(folder, batches))
+
+
+def _given(folder: Path, batches: dict[str, list[Inputs]]) -> dict[str, Callable[[str], Any]]:
+    """What techniques ask for: inputs without labels, and the curvature of the base on them."""
+
+    @cache
+    def factors(task: str) -> KroneckerFactors:
+        return kronecker_factors(_encoder(folder), batches[task], forward=_logits, label=task)
+
+    return {
+        "inputs": lambda task: batches[task],
+        "inputs_of_others": lambda task: [own for name, own in batches.items() if name != task],
+        "factors_of_others": lambda task: [factors(name) for name in batches if name != task],
+        "logits": lambda task: _logits,
+    }
 
 
 def _encoder(folder: Path) -> nn.Module:
@@ -89,6 +113,17 @@ def _rows(folder: Path, data: tuple[Sequence[str], Sequence[int]], max_tokens: i
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     ids = tokenizer(list(data[0]), truncation=True, max_length=max_tokens)["input_ids"]
     return list(zip(ids, data[1], strict=True))
+
+
+def _inputs(rows: list[Row], head: Tensor) -> list[Inputs]:
+    """Batches of inputs, each with the head of its task, so that one function gives the logits of any."""
+    starts = range(0, min(len(rows), SHARED_EXAMPLES) - SHARED_BATCH + 1, SHARED_BATCH)
+    return [_collate(rows[start : start + SHARED_BATCH])[0] | {"head": head} for start in starts]
+
+
+def _logits(model: nn.Module, batch: Inputs) -> Tensor:
+    tokens = {name: value for name, value in batch.items() if name != "head"}
+    return zero_shot_logits(pooled(model, tokens), batch["head"])
 
 
 def _with_wrong_labels(rows: list[Row], classes: int, share: float, seed: str) -> list[Row]:

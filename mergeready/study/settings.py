@@ -98,7 +98,8 @@ class Arm(_Settings):
         evaluate_every: Steps between evaluations for ``stop`` and a ``plateau`` schedule.
         stop: When to end early, or None.
         adapter: Train a LoRA adapter, or None for the weights.
-        techniques: Techniques by name, or ``{name: settings}``.
+        techniques: Techniques by name, or ``{name: settings}``, in which ``suite:NAME`` stands for what the suite gives
+            for a task.
         checkpoints: Experts that were trained elsewhere, in place of training: a path with ``{task}``, ``{seed}`` and
             ``{step}``, where ``*`` matches anything.
     """

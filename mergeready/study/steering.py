@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mergeready.experts.live import LiveExpert
-from mergeready.study.settings import Arm
 from mergeready.training.history import History
+from mergeready.training.techniques.registry import TechniqueLike
 from mergeready.training.techniques.run import TechniqueRun
 from mergeready.training.techniques.technique_set import TechniqueSet
 
@@ -22,7 +22,7 @@ class Steering:
     Studies do not probe while they train, so a technique that decides by probes has nothing to decide by.
 
     Args:
-        arm: The arm.
+        techniques: The arm's techniques, with what the suite gives them.
         model: The model that trains.
         base: The weights it started from.
         optimizer: Its optimizer.
@@ -36,10 +36,15 @@ class Steering:
     """
 
     def __init__(
-        self, arm: Arm, model: nn.Module, base: Mapping[str, Tensor], optimizer: Optimizer, total: int
+        self,
+        techniques: Sequence[TechniqueLike],
+        model: nn.Module,
+        base: Mapping[str, Tensor],
+        optimizer: Optimizer,
+        total: int,
     ) -> None:
         self.reason: str | None = None
-        self._techniques = TechniqueSet(arm.technique_list)
+        self._techniques = TechniqueSet(techniques)
         self._techniques.prepare(model, step=0)
         self._techniques.start(
             lambda: TechniqueRun(LiveExpert(model, base), optimizer=optimizer, total_steps=total)

@@ -43,10 +43,13 @@ class StudySuite:
         model: Makes a model with the base's weights, the same ones at every call; what stays frozen has
             ``requires_grad`` off. Heads of tasks belong into the tasks, since models are merged as they are.
         tasks: Tasks by name.
+        given: What settings of techniques can ask for as ``suite:NAME``: functions of a task's name, such as one that
+            returns the other tasks' Kronecker factors.
     """
 
     model: Callable[[], nn.Module]
     tasks: Mapping[str, StudyTask]
+    given: Mapping[str, Callable[[str], Any]] = field(default_factory=dict)
 
 
 def open_suite(settings: SuiteSettings, seed: int) -> StudySuite:

@@ -14,6 +14,7 @@ from torch import nn
 
 from mergeready.merging.evaluation import call_evaluation, choose_metric, is_greater_better, take_score
 from mergeready.study.checkpoints import save_checkpoint, with_adapter
+from mergeready.study.given import with_given
 from mergeready.study.rates import Rate
 from mergeready.study.settings import Arm
 from mergeready.study.steering import Steering
@@ -62,7 +63,8 @@ def train_run(
     rate = Rate(arm.schedule, optimizer, total, greater_is_better=watch.greater_is_better)
     batches = _batches(len(data.train), arm.batch_size, _seed(seed, task))
     losses, seconds, saved = [], 0.0, []
-    with Steering(arm, model, base, optimizer, total) as steering:
+    techniques = with_given(arm.technique_list, suite, task)
+    with Steering(techniques, model, base, optimizer, total) as steering:
         for step in range(1, max(steps) + 1):
             began = time.process_time()
             model.train()

@@ -1,0 +1,103 @@
+"""The vision suite of the published studies: ImageNet backbones with frozen linear heads, images of 64 pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from benchmarks.suites.backbones import EFFICIENTNET_INPUT, SQUEEZENET_INPUT, efficientnet_lite0, squeezenet
+from benchmarks.suites.efficientnet import EfficientNetLite0
+from benchmarks.suites.heads import linear_probe
+from benchmarks.suites.images import ImageInput
+from benchmarks.suites.squeezenet import SqueezeNet
+from benchmarks.suites.vision import Images, load_vision_task
+from mergeready.study.suite import StudySuite, StudyTask
+
+Backbone = EfficientNetLite0 | SqueezeNet
+BACKBONES: dict[str, tuple[Callable[[], Backbone], ImageInput]] = {
+    "efficientnet_lite0": (efficientnet_lite0, EFFICIENTNET_INPUT),
+    "squeezenet": (squeezenet, SQUEEZENET_INPUT),
+}
+EVALUATION_BATCH = 100
+TASKS = ("mnist", "fashion", "digits", "emoji_group", "font_letter", "font_style")
+Row = tuple[Tensor, int]
+"""An image as the backbone reads it, and its label."""
+
+
+def vision(
+    seed: int,
+    backbone: str = "squeezenet",
+    train: int = 1000,
+    validation: int = 100,
+    test: int = 200,
+    tasks: Sequence[str] = TASKS,
+) -> StudySuite:
+    """Image tasks on one backbone. Heads are fitted on the backbone's own features and stay as they are.
+
+    BatchNorm keeps the backbone's statistics, which short fine-tuning would only leave behind.
+
+    Args:
+        seed: Chooses training and validation examples.
+        backbone: ``squeezenet`` or ``efficientnet_lite0``.
+        train: Training examples a task, at most.
+        validation: Validation examples a task.
+        test: Test examples a task, the same for every seed.
+        tasks: Names of the tasks.
+    """
+    make, images = BACKBONES[backbone]
+    base, made = make().eval(), {}
+    for name in tasks:
+        data = load_vision_task(name, train=train, validation=validation, test=test, seed=seed)
+        training, held_out, reported = (
+            (images.prepare(pixels), labels) for pixels, labels in (data.train, data.validation, data.test)
+        )
+        head = _head(base, training, len(data.label_names))
+        made[name] = StudyTask(
+            train=list(zip(training[0], training[1].tolist(), strict=True)),
+            collate=_collate,
+            loss=partial(_loss, head),
+            validation=partial(_accuracy, head, held_out),
+            test=partial(_accuracy, head, reported),
+        )
+    return StudySuite(model=partial(_model, backbone), tasks=made)
+
+
+@cache
+def _weights(backbone: str) -> dict[str, Tensor]:
+    return BACKBONES[backbone][0]().state_dict()
+
+
+def _model(backbone: str) -> nn.Module:
+    """A backbone whose ImageNet classifier does not train."""
+    model = EfficientNetLite0() if backbone == "efficientnet_lite0" else SqueezeNet()
+    model.load_state_dict(_weights(backbone))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(("_fc.", "conv10.")))
+    return model
+
+
+def _head(base: Backbone, images: Images, classes: int) -> nn.Linear:
+    with torch.no_grad():
+        seen = torch.cat([base.features(part) for part in images[0].split(EVALUATION_BATCH)])
+    return linear_probe(seen, images[1], classes)
+
+
+def _collate(rows: list[Row]) -> Images:
+    return torch.stack([image for image, _ in rows]), torch.tensor([label for _, label in rows])
+
+
+def _loss(head: nn.Linear, model: Backbone, batch: Images) -> Tensor:
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+    return functional.cross_entropy(head(model.features(batch[0])).float(), batch[1])
+
+
+def _accuracy(head: nn.Linear, images: Images, model: Backbone) -> dict[str, Tensor]:
+    guesses = [head(model.features(part)).argmax(dim=1) for part in images[0].split(EVALUATION_BATCH)]
+    return {"accuracy": (torch.cat(guesses) == images[1]).float()}
