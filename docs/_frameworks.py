@@ -60,7 +60,8 @@ def page(data: Any) -> str:
         "",
         "## Pitfalls",
         "",
-        "What frameworks do that would make figures or trainings wrong, and the test that it does not.",
+        "What frameworks do that would make figures or trainings wrong, and the test that it does not. What concerns"
+        " techniques and recipes alone says so.",
         "",
         "| pitfall | test |",
         "|---|---|",

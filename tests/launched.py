@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -16,6 +16,8 @@ from mergeready import MergedPlateau, Picks, Probe, Schedule
 from tests.training.small import Evaluation, Net, examples
 
 STEPS, SAVE_EVERY = 10, 4
+Kill: TypeAlias = set[tuple[int, int]]
+"""After which step which rank is killed."""
 
 
 def options(world: Path) -> dict[str, Any]:
@@ -29,7 +31,7 @@ def options(world: Path) -> dict[str, Any]:
     }
 
 
-def by_accelerate(world: Path, folder: Path, kill_at: int, resume: Path | None) -> torch.nn.Module:
+def by_accelerate(world: Path, folder: Path, kill_at: Kill, resume: Path | None) -> torch.nn.Module:
     from accelerate import Accelerator
 
     from mergeready.accelerate import MergeReadyLoop
@@ -45,7 +47,7 @@ def by_accelerate(world: Path, folder: Path, kill_at: int, resume: Path | None) 
     return model
 
 
-def by_fabric(world: Path, folder: Path, kill_at: int, resume: Path | None) -> torch.nn.Module:
+def by_fabric(world: Path, folder: Path, kill_at: Kill, resume: Path | None) -> torch.nn.Module:
     from lightning.fabric import Fabric
 
     from mergeready.fabric import MergeReadyLoop
@@ -75,7 +77,7 @@ def drive(
     backward: Callable[[Any], None],
     save: Callable[[Path], None],
     folder: Path,
-    kill_at: int,
+    kill_at: Kill,
 ) -> None:
     """Steps whose batches depend on their number and the rank alone."""
     rank = int(os.environ["RANK"])
@@ -88,7 +90,7 @@ def drive(
         optimizer.step()
         optimizer.zero_grad()
         monitor.step()
-        if step == kill_at and rank == 1:
+        if (step, rank) in kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
         if step % SAVE_EVERY == 0:
             save(folder / f"checkpoint-{step}")
@@ -98,7 +100,7 @@ def drive(
 RUNS = {"accelerate": by_accelerate, "fabric": by_fabric}
 
 
-def main(name: str, world: Path, folder: Path, kill_at: int, resume: Path | None) -> None:
+def main(name: str, world: Path, folder: Path, kill_at: Kill, resume: Path | None) -> None:
     torch.set_num_threads(1)
     model = RUNS[name](world, folder, kill_at, resume)
     if os.environ["RANK"] == "0":
@@ -107,6 +109,7 @@ def main(name: str, world: Path, folder: Path, kill_at: int, resume: Path | None
 
 if __name__ == "__main__":
     given = sys.argv[1:]
-    main(given[0], Path(given[1]), Path(given[2]), int(given[3]), Path(given[4]) if given[4] else None)
+    kill = {(int(given[3]), int(rank)) for rank in given[4].split(",") if rank}
+    main(given[0], Path(given[1]), Path(given[2]), kill, Path(given[5]) if given[5] else None)
     sys.stdout.flush()
     os._exit(0)  # the other rank may be gone, and leaving the group in order would wait for it

@@ -92,3 +92,20 @@ def adapter(net: nn.Module, seed: int = 3) -> nn.Module:
             if p.requires_grad:
                 p += 0.1 * torch.randn(p.shape, generator=generator)
     return model
+
+
+def force_fsdp_on_cpu() -> None:
+    """accelerate ignores FSDP on CPU, where its only use is to be tested."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    original = AcceleratorState.__init__
+
+    def init(self: Any, *args: Any, fsdp_plugin: Any = None, **options: Any) -> None:
+        original(self, *args, fsdp_plugin=fsdp_plugin, **options)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+
+    AcceleratorState.__init__ = init

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin
 from lightning.fabric import Fabric
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -40,6 +41,7 @@ from tests.loops import (
     run_plain,
 )
 from tests.ranks import run_ranks
+from tests.sharded import force_fsdp_on_cpu
 
 pytestmark = pytest.mark.slow
 
@@ -93,6 +95,22 @@ def under_accelerate(world: Path, folder: Path, changes: dict[str, Any]) -> int:
     return drive(monitor, prepared, optimizer, accelerator.backward)
 
 
+def under_accelerate_fsdp2(world: Path, folder: Path, changes: dict[str, Any]) -> int:
+    force_fsdp_on_cpu()
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["BertLayer"]
+    )
+    accelerator = Accelerator(cpu=True, project_dir=str(folder), fsdp_plugin=plugin)
+    model = load(world)
+    before = set(map(id, model.parameters()))
+    prepared, optimizer = accelerator.prepare(model, optimizer_of(model))
+    assert before.isdisjoint(
+        map(id, prepared.parameters())
+    )  # others, which `prepare(model)` of ours has to be given
+    monitor = mergeready.accelerate.MergeReadyLoop(accelerator, **options(world, **changes))
+    return drive(monitor, prepared, optimizer, accelerator.backward)
+
+
 def under_fabric(world: Path, folder: Path, changes: dict[str, Any]) -> int:
     fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
     fabric.launch()
@@ -128,6 +146,7 @@ RUNS = {
     "plain": under_plain_ddp,
     "lightning-fsdp2": under_lightning_fsdp2,
     "plain-fsdp2": under_plain_fsdp2,
+    "accelerate-fsdp2": under_accelerate_fsdp2,
 }
 
 

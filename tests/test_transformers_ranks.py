@@ -10,35 +10,28 @@ from typing import Any
 import pytest
 import torch
 
-from mergeready import Picks, Probe, Schedule
+from mergeready import Decision, History, Picks, Probe, Schedule, read_history
 from mergeready.weights import SafetensorsFolder
 from mergeready.weights.ranks import Ranks
 from tests.models import perturb, tiny_bert
 from tests.ranks import run_ranks
+from tests.sharded import force_fsdp_on_cpu
 from tests.trainers import make_trainer
 
 pytestmark = pytest.mark.slow
 
 
-def force_fsdp_on_cpu() -> None:
-    """accelerate ignores FSDP on CPU, where its only use is to be tested."""
-    from accelerate.state import AcceleratorState, PartialState
-    from accelerate.utils import DistributedType
-
-    original = AcceleratorState.__init__
-
-    def init(self: Any, *args: Any, fsdp_plugin: Any = None, **options: Any) -> None:
-        original(self, *args, fsdp_plugin=fsdp_plugin, **options)
-        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
-            self.distributed_type = DistributedType.FSDP
-            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-            self.fsdp_plugin = fsdp_plugin
-
-    AcceleratorState.__init__ = init
-
-
 class Killed(Exception):
     pass
+
+
+def prepare_rank(layout: str) -> dict[str, Any]:
+    # What accelerate asks for, though the group is made already.
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", LOCAL_WORLD_SIZE="2")
+    if layout == "ddp":
+        return {}
+    force_fsdp_on_cpu()
+    return {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["BertLayer"]}}
 
 
 def trained(
@@ -49,8 +42,7 @@ def trained(
     stop_at: int | None = None,
     resume: bool = False,
 ) -> dict[str, Any]:
-    # What accelerate asks for, though the group is made already.
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", LOCAL_WORLD_SIZE="2")
+    settings = prepare_rank(layout)
     from transformers import TrainerCallback
 
     from mergeready.transformers import MergeReadyCallback
@@ -60,10 +52,7 @@ def trained(
             if state.global_step == stop_at:
                 raise Killed
 
-    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4, "max_steps": 10}
-    if layout == "fsdp2":
-        force_fsdp_on_cpu()
-        options |= {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["BertLayer"]}}
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4, "max_steps": 10, **settings}
     callback = MergeReadyCallback(
         base=folder / "base",
         peers=[folder / "peer"],
@@ -111,3 +100,53 @@ def test_a_run_killed_and_resumed_equals_one_that_was_not(layout: str, folder: P
         assert set(stored.infos) == set(SafetensorsFolder(folder / "base").infos)
         config = json.loads((stored.path / "config.json").read_text())
         assert config["architectures"] == ["BertForSequenceClassification"]
+
+
+class OnOneRank:
+    """A policy that looks at something of its own, as a clock is, and wants to stop on the second rank only."""
+
+    def __call__(self, history: History) -> Decision:
+        return Decision(Ranks.world().rank == 1 and history[-1].step >= 4, "enough")
+
+
+def stopping(layout: str, folder: Path, out: Path) -> tuple[int, list[tuple[int, str]], bool]:
+    settings = prepare_rank(layout)
+    from mergeready.transformers import MergeReadyCallback
+
+    callback = MergeReadyCallback(base=folder / "base", measure=Schedule(every=2), stop=OnOneRank())
+    trainer = make_trainer(out, callback, max_steps=10, **settings)
+    trainer.train()
+    decisions = [(record.step, record.reason) for record in callback.history.decisions]
+    return trainer.state.global_step, decisions, trainer.control.should_training_stop
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
+def test_pitfall_control_is_not_shared_between_ranks(layout: str, folder: Path, tmp_path: Path) -> None:
+    """A stop that one rank decides ends both at the same step, with a checkpoint of it."""
+    assert run_ranks(stopping, 2, layout, folder, tmp_path) == [(4, [(4, "enough")], True)] * 2
+    assert [record.step for record in read_history(tmp_path / "mergeready/history.jsonl").metrics] == [
+        1,
+        2,
+        4,
+    ]
+    assert (tmp_path / "checkpoint-4/trainer_state.json").is_file()
+
+
+def loaded_on_the_first_rank_only(folder: Path, out: Path) -> list[float]:
+    settings = prepare_rank("fsdp2")
+    from mergeready.transformers import MergeReadyCallback
+
+    settings["fsdp_config"]["cpu_ram_efficient_loading"] = True
+    model = tiny_bert()
+    if Ranks.world().rank == 1:
+        perturb(model, seed=5, scale=10.0)
+    callback = MergeReadyCallback(base=folder / "base", measure=Schedule(every=1), picks=None)
+    make_trainer(out, callback, model=model, max_steps=2, learning_rate=1e-6, **settings).train()
+    return [record.relative_norm for record in callback.history.metrics]
+
+
+def test_pitfall_ranks_hold_anything_before_fsdp2_hands_out_the_weights(folder: Path, tmp_path: Path) -> None:
+    """With `cpu_ram_efficient_loading`, others than the first get theirs in `prepare`."""
+    first, second = run_ranks(loaded_on_the_first_rank_only, 2, folder, tmp_path)
+    assert first == second
+    assert all(0 < norm < 1e-4 for norm in first)

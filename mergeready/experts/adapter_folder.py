@@ -141,8 +141,15 @@ def explain_missing_weights(folder: Path, label: str) -> None:
 
     Raises:
         FormatError: If its adapters lie in subfolders.
-        UnsupportedError: If it holds a LoRA in a format that is not read.
+        UnsupportedError: If it holds a LoRA in a format that is not read, or shards of a distributed checkpoint.
     """
+    shards = sorted({str(path.parent.relative_to(folder)) for path in folder.rglob("*.distcp")})
+    if shards:
+        raise UnsupportedError(
+            f"{label} holds the shards of a distributed checkpoint ({listing(shards)}), as FSDP saves them with "
+            "SHARDED_STATE_DICT. Join them with `accelerate merge-weights SHARDS OUTPUT`, or take a pick of that run: "
+            "picks are whole."
+        )
     nested = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
     if nested:
         raise FormatError(f"{label} holds adapters in subfolders ({listing(nested)}): name one of them.")

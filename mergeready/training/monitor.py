@@ -391,6 +391,15 @@ class Monitor:
         return Outcome(values, Decision(decision.stop and self.on_stop == "stop", decision.reason))
 
     def _decide(self) -> Decision:
+        """What policy and techniques say. One that looks at more than the history may say stop on one rank only."""
+        if self.stop is None and not self.techniques:
+            return Decision(False, "")
+        with self.ranks.together():
+            own = self._own_decision()
+        found = self.ranks.each(own)
+        return next((decision for decision in found if decision.stop), found[0])
+
+    def _own_decision(self) -> Decision:
         own = self.stop(self.history) if self.stop is not None else Decision(False, "")
         theirs = self.techniques.decide(self.history)
         reasons = [decision.reason for decision in (own, theirs) if decision.stop]

@@ -99,10 +99,10 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
             require_ids(trainer)
         entry = state.stateful_callbacks.setdefault(STATE_KEY, {"args": {}, "attributes": {}})
         if state.global_step and entry["attributes"]:
-            self.monitor.load_state_dict(entry["attributes"], self._saved_tensors(args, state.global_step))
+            self.monitor.load_state_dict(entry["attributes"], self._saved_tensors(trainer, state.global_step))
         self.monitor.start(
             model,
-            Path(args.output_dir) / FOLDER_NAME,
+            _run_folder(trainer) / FOLDER_NAME,
             step=state.global_step,
             total_steps=state.max_steps,
             evaluate=self._evaluation(trainer),
@@ -157,7 +157,7 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         self.monitor.on_save()
         tensors = self.monitor.tensors()
         if tensors and state.is_world_process_zero:
-            with new_file(_checkpoint(args, state.global_step) / TENSORS_NAME) as temporary:
+            with new_file(_checkpoint(self._find_trainer(), state.global_step) / TENSORS_NAME) as temporary:
                 save_file(tensors, temporary)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -197,8 +197,8 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         self._own_step = own
         trainer.training_step = training_step
 
-    def _saved_tensors(self, args: Any, step: int) -> Mapping[str, Tensor]:
-        path = _checkpoint(args, step) / TENSORS_NAME
+    def _saved_tensors(self, trainer: Trainer, step: int) -> Mapping[str, Tensor]:
+        path = _checkpoint(trainer, step) / TENSORS_NAME
         return load_file(path) if path.is_file() else {}
 
     def _report(self, outcome: Outcome, control: Any) -> None:
@@ -252,8 +252,15 @@ def loss_scale(accelerator: Any) -> float:
     return 1.0 if accelerator.scaler is None else float(accelerator.scaler.get_scale())
 
 
-def _checkpoint(args: Any, step: int) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{step}"
+def _run_folder(trainer: Trainer) -> Path:
+    """Where the Trainer saves checkpoints: ``output_dir``, and in a hyperparameter search one folder a trial in it."""
+    if trainer.hp_search_backend is None:
+        return Path(trainer.args.output_dir)
+    return Path(trainer._get_output_dir(trainer._trial))
+
+
+def _checkpoint(trainer: Trainer, step: int) -> Path:
+    return _run_folder(trainer) / f"checkpoint-{step}"
 
 
 def _drives_best_model(args: Any) -> bool:
