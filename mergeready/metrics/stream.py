@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +9,10 @@ from torch import Tensor
 
 from mergeready.errors import OptionError
 from mergeready.experts.task_vector import TaskVector
-from mergeready.weights.source import WeightSource, chunk_ranges
+from mergeready.weights.source import CHUNK_ELEMENTS, WeightSource, chunk_ranges
+
+_AT_ONCE = 9 * CHUNK_ELEMENTS
+_LEAST = 1 << 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,9 @@ def accumulate(
 ) -> None:
     """Feed accumulators with every piece of the given parameters, reading each value once.
 
+    Pieces become smaller where there are more than eight task vectors, so that memory, also an accelerator's, does not
+    grow with their number.
+
     Args:
         vectors: Task vectors on one base; where one has no delta, zeros stand in.
         base: The base.
@@ -74,7 +80,7 @@ def accumulate(
     if pieces is None:
         wanted = dict.fromkeys(name for vector in vectors for name in vector) if names is None else names
         pieces = ((name, *ends) for name in wanted for ends in chunk_ranges(base.infos[name]))
-    for name, start, stop in pieces:
+    for name, start, stop in _narrow(pieces, base, len(vectors)):
         original = base.read_flat(name, start, stop).float()
         deltas = [
             vector.flat(name, start, stop, original) if name in vector else torch.zeros_like(original)
@@ -84,3 +90,16 @@ def accumulate(
         chunk = Chunk(name, original.to(device), [delta.to(device) for delta in deltas], start)
         for accumulator in accumulators:
             accumulator.update(chunk)
+
+
+def _narrow(
+    pieces: Iterable[tuple[str, int, int]], base: WeightSource, count: int
+) -> Iterator[tuple[str, int, int]]:
+    """The same pieces, cut so that all experts' values of one have room in memory together."""
+    limit = max(_AT_ONCE // (1 + count), _LEAST)
+    for name, *span in pieces:
+        if span[1] - span[0] <= limit:
+            yield name, span[0], span[1]
+        else:
+            for start, stop in chunk_ranges(base.infos[name], limit, (span[0], span[1])):
+                yield name, start, stop

@@ -90,3 +90,17 @@ def test_only_sums_of_the_same_kind_add_up() -> None:
     same = NormAccumulator(["x"], 1)
     same.merge(NormAccumulator(["x"], 1))
     assert float(same.sums.sum()) == 0
+
+
+def test_what_is_read_at_once_does_not_grow_with_the_number_of_experts() -> None:
+    sizes = []
+    for count in (2, 9, 33, 400):
+        found = [{"x": torch.ones(CHUNK_ELEMENTS // 100, 120)}] * count
+        seen = Recorder()
+        accumulate(task_vectors(found), base_of(found[0]), [seen])
+        assert torch.equal(seen.values("x", count - 1), found[0]["x"].reshape(-1))
+        lengths = [len(chunk.base) for chunk in seen.chunks]
+        assert all(length % 120 == 0 for length in lengths)
+        sizes.append(max(lengths) * (1 + count))
+    assert max(sizes[:3]) <= 10 * CHUNK_ELEMENTS
+    assert sizes[3] <= 401 * 2**14

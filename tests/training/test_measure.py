@@ -4,12 +4,15 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from mergeready.errors import NonFiniteError
 from mergeready.experts import Base, LiveExpert
 from mergeready.training.history import History
 from mergeready.training.measure import measure
 from mergeready.training.peers import Peer, open_peers
+from tests.models import perturb
+from tests.tensor_watch import TensorWatch
 from tests.training.histories import metrics
 from tests.training.small import Net, expert, state_of
 
@@ -127,3 +130,21 @@ def test_no_gradient_graph_is_made_and_weights_stay() -> None:
     before = state_of(model)
     measure(LiveExpert(model, Net()), [], 1, History())
     assert all(torch.equal(before[name], value) for name, value in state_of(model).items())
+
+
+def test_memory_on_the_models_device_does_not_grow_with_peers() -> None:
+    """Not while measuring, beyond a few pieces of a parameter, and not afterwards."""
+    model = nn.Linear(1024, 700)
+    base = {name: value.clone() for name, value in model.state_dict().items()}
+    live = LiveExpert(perturb(model, 1), base)
+    peer = {name: value + 0.01 for name, value in base.items()}
+    peaks = {}
+    for count in (1, 8, 32):
+        peers = open_peers([Peer(peer, name=f"peer {index}") for index in range(count)], live.base)
+        with TensorWatch() as watch:
+            record = measure(live, peers, 1, History())
+        assert len(record.cosine) == count
+        assert watch.live == 0
+        peaks[count] = watch.peak
+    assert peaks[1] > 1e6  # bytes; what is counted is there
+    assert peaks[32] < 1.1 * peaks[8] < 64 * 2**20
