@@ -10,10 +10,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from mergeready.cli.app import ExpertArgument, app, console
-from mergeready.errors import MergeReadyError, OptionError, listing
+from mergeready.cli.evaluation import choose_evaluation
+from mergeready.errors import MergeReadyError, OptionError
 
 if TYPE_CHECKING:
-    from mergeready.validation import Evaluation, Report
+    from mergeready.validation import Report
 
 _COLOURS = {"passed": "green", "failed": "red", "not checked": "yellow"}
 _COULD_NOT_RUN = 2
@@ -29,7 +30,17 @@ def validate(
     ] = None,
     evaluation: Annotated[
         str | None,
-        typer.Option("--eval", help="module:function that takes the base and returns an Evaluation."),
+        typer.Option(
+            "--eval",
+            help="module:function that takes the base and returns an Evaluation; or lm-eval:TASK,… with the expert's "
+            "own task first, then those of its peers.",
+        ),
+    ] = None,
+    eval_tasks: Annotated[
+        Path | None, typer.Option(help="For --eval lm-eval:…, a folder with task files of your own.")
+    ] = None,
+    eval_limit: Annotated[
+        int | None, typer.Option(help="For --eval lm-eval:…, examples of each task at most.")
     ] = None,
     eval_data: Annotated[
         Path | None,
@@ -79,7 +90,9 @@ def validate(
             raise OptionError(
                 f"--card writes into the expert's folder, and {expert} is none. Download it first."
             )
-        looked_at = _evaluation(expert, base, evaluation, eval_data, pipeline)
+        looked_at = choose_evaluation(
+            expert, base, evaluation, data=eval_data, pipeline=pipeline, tasks=eval_tasks, limit=eval_limit
+        )
         report = run_checks(
             expert, base, peers=peers or (), evaluation=looked_at, level=level, thresholds=thresholds
         )
@@ -117,24 +130,6 @@ def _require_used(
         )
     if private and push is None:
         raise OptionError("--private is about the repository of --push, which is missing.")
-
-
-def _evaluation(
-    expert: str, base: str | None, target: str | None, data: Path | None, pipeline: str | None
-) -> Evaluation | None:
-    from mergeready.validation.evaluation import load_evaluation
-
-    if data is None and pipeline is None:
-        return None if target is None else load_evaluation(target, base)
-    if target is not None:
-        raise OptionError("--eval and --eval-data are two ways to say the same: pass one of them.")
-    if data is None or pipeline is None or base is None:
-        given = {"--eval-data": data, "--pipeline": pipeline, "--base": base}
-        missing = [name for name, value in given.items() if value is None]
-        raise OptionError(f"an evaluation by a pipeline lacks {listing(missing)}.")
-    from mergeready.transformers.pipelines import text_classification
-
-    return text_classification(expert, base, data)
 
 
 def _print_report(screen: Console, report: Report) -> None:

@@ -10,12 +10,11 @@ import torch
 from datasets import ClassLabel, Dataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from transformers import AutoModelForSequenceClassification, pipeline
 
 from mergeready.errors import OptionError, listing
-from mergeready.experts.peft_config import CONFIG_NAME
+from mergeready.transformers.folders import load_tokenizer, model_folder
 from mergeready.validation.evaluation import Evaluation
-from mergeready.weights.open import resolve_folder
 
 TEXT, LABEL = "text", "label"
 """Columns of the examples."""
@@ -41,11 +40,10 @@ def text_classification(expert: str | Path, base: str | Path, data: str | Path) 
     Raises:
         OptionError: If there are no such examples, the model has no trained classifier, or does not know a label.
     """
-    own, other = resolve_folder(expert), resolve_folder(base)
-    model = _classifier(other if (own / CONFIG_NAME).is_file() else own)
+    model = _classifier(model_folder(expert, base))
     examples = _held_out(Path(data))
     labels = _class_names(examples, model.config.id2label, data)
-    tokenizer = _tokenizer(own if (own / "tokenizer_config.json").is_file() else other)
+    tokenizer = load_tokenizer(expert, base)
     return Evaluation(model=model, own=_Accuracy(model, tokenizer, list(examples[TEXT]), labels))
 
 
@@ -77,13 +75,6 @@ def _classifier(folder: Path) -> Any:
     if model.config.num_labels < 2:
         raise OptionError(f"{folder} is a regression model. Pass an evaluation of your own with --eval.")
     return model.eval()
-
-
-def _tokenizer(folder: Path) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise OptionError(f"neither the expert nor {folder} has a tokenizer that loads: {error}") from error
 
 
 def _held_out(folder: Path) -> Dataset:
