@@ -105,6 +105,18 @@ def on_device_of(model: nn.Module, batches: Batches) -> Iterator[Any]:
         raise OptionError("`batches` is empty: there is nothing to learn from.")
 
 
+def tensors_of(batch: Any) -> list[Tensor]:
+    """All tensors in a batch, in order."""
+    found: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    _map(batch, keep)
+    return found
+
+
 def one_each(given: F | Sequence[F] | None, default: F, count: int) -> list[F]:
     """A function for each set of data, from one for all, one each, or none.
 

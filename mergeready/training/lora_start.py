@@ -19,6 +19,7 @@ from mergeready.merging.information import Information
 from mergeready.merging.regmean import TRANSPOSED
 from mergeready.weights.module import unwrap
 from mergeready.weights.open import WeightsLike
+from mergeready.weights.shards import held, local, whole
 
 InputsLike: TypeAlias = KroneckerFactors | WeightsLike
 """What says which inputs a peer's layers see: factors, or what ``input_grams`` returned, or files of either."""
@@ -55,8 +56,7 @@ def share_lora_a(
     """
     found = _factors_a(model, base)
     for name, A in found.items():
-        with torch.no_grad():
-            A.copy_(lora_a(name, rank=A.shape[0], inputs=A.shape[1], seed=seed))
+        _set(A, lora_a(name, rank=A.shape[0], inputs=A.shape[1], seed=seed))
         A.requires_grad_(False)
     return found
 
@@ -138,10 +138,9 @@ def start_orthogonal(
     seen = {}
     for name, A in found.items():
         total = torch.stack([_gram(source, name) for _, source in opened]).double().sum(0)
-        with torch.no_grad():
-            A.copy_(weakest_directions(total, A.shape[0]))
+        own = weakest_directions(total, A.shape[0]).cpu()
+        _set(A, own)
         A.requires_grad_(A.requires_grad and not freeze)
-        own = A.detach().cpu().double()
         seen[name] = float(((own @ total) * own).sum() / total.trace().clamp_min(1e-300))
     return seen
 
@@ -154,6 +153,10 @@ def weakest_directions(gram: Tensor, count: int) -> Tensor:
     """
     vectors: Tensor = torch.linalg.eigh(gram.double()).eigenvectors
     return vectors[:, :count].T.contiguous()
+
+
+def _set(A: nn.Parameter, values: Tensor) -> None:
+    local(A).copy_(held(A).of(values))
 
 
 def _open(peer: InputsLike) -> tuple[str, KroneckerFactors | Information]:
@@ -202,7 +205,7 @@ def _factors_a(
         if name is None or A is None or A.ndim != 2:
             strange.append(module_name)
             continue
-        if bool(module.lora_B[adapter].weight.any()):
+        if bool(whole(module.lora_B[adapter].weight).any()):
             trained.append(name)
         found[name] = cast("nn.Parameter", A)
     if strange or not found:

@@ -91,6 +91,26 @@ def whole(tensor: Tensor) -> Tensor:
     return cast("Any", value).full_tensor() if is_sharded(value) else value
 
 
+def placed_like(tensor: Tensor, block: Tensor) -> Tensor:
+    """A tensor that is laid out over ranks as another one, and of which this rank holds ``block``."""
+    if not is_sharded(tensor):
+        return block
+    from torch.distributed.tensor import DTensor
+
+    placed = cast("Any", tensor.detach())
+    return cast(
+        "Tensor",
+        DTensor.from_local(
+            block.contiguous(),
+            placed.device_mesh,
+            placed.placements,
+            run_check=False,
+            shape=placed.shape,
+            stride=placed.stride(),
+        ),
+    )
+
+
 def copies(tensor: Tensor, ranks: int) -> float:
     """How many of ``ranks`` ranks hold each element of a tensor."""
     if not is_sharded(tensor):

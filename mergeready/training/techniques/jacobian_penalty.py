@@ -8,15 +8,15 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mergeready.errors import OptionError
-from mergeready.training.batches import Batches, Forward, forward_logits, on_device_of
+from mergeready.errors import OptionError, UnsupportedError
+from mergeready.training.batches import Batches, Forward, forward_logits, on_device_of, tensors_of
 from mergeready.training.penalties import jacobian_norm
 from mergeready.training.techniques.penalty import Penalty
 from mergeready.training.techniques.registry import register
 from mergeready.training.techniques.run import TechniqueRun
+from mergeready.training.techniques.same import require_same
 from mergeready.training.techniques.technique import Running
 from mergeready.training.techniques.trained import Trained, Whole
-from mergeready.training.techniques.whole import require_whole
 from mergeready.weights.guard import untouched
 
 
@@ -35,7 +35,8 @@ class JacobianPenalty(Penalty):
     training keeps a copy. Forward mode switches fused attention off for it. The model is in evaluation mode meanwhile.
 
     Attributes:
-        inputs: For each peer, batches of its inputs; every step takes the next one of the next peer. They are kept.
+        inputs: For each peer, batches of its inputs, the same on every rank; every step takes the next one of the next
+            peer. They are kept.
         strength: λ, at least 0; 0 switches it off.
         forward: Gives the logits, from something that is called as the model is, and a batch.
 
@@ -57,8 +58,14 @@ class JacobianPenalty(Penalty):
         super().__post_init__()
 
     def begin(self, run: TechniqueRun) -> Running:
-        require_whole(self.name, run.weights.values())
+        if run.live.is_sharded:
+            raise UnsupportedError(
+                "jacobian_penalty differentiates in forward mode at other weights than the model's, which FSDP2 and "
+                "tensor parallelism do not support. Use DDP, or kronecker_penalty."
+            )
         each = [list(on_device_of(run.live.model, batches)) for batches in self.inputs]
+        found = (tensor for batches in each for batch in batches for tensor in tensors_of(batch))
+        require_same(run.ranks, "jacobian_penalty's inputs", {f"{i}": t for i, t in enumerate(found)})
         return _Penalty(self.strength, run, each, self.forward or forward_logits)
 
 
@@ -68,7 +75,7 @@ class _Penalty(Running):
     ) -> None:
         self._strength, self._live, self._batches, self._forward = strength, run.live, batches, forward
         names = {id(p): name for name, p in run.live.model.named_parameters(remove_duplicate=False)}
-        self._weights: dict[str, Trained] = {names[id(_place(w, run))]: w for w in run.weights.values()}
+        self._weights: dict[str, Trained] = {names[id(w.place)]: w for w in run.weights.values()}
 
     def add_gradients(self, step: int, factor: float) -> None:
         turn, peer = divmod(step - 1, len(self._batches))
@@ -95,8 +102,3 @@ class _Penalty(Running):
         with untouched(model, {}), self._live.adapter_off(), sdpa_kernel(SDPBackend.MATH):
             model.eval()
             return jacobian_norm(logits, base, change)
-
-
-def _place(weight: Trained, run: TechniqueRun) -> Tensor:
-    """The model's own parameter that holds the effective weight, or the base's below an adapter."""
-    return weight.parameters[0] if isinstance(weight, Whole) else run.live.targets[weight.name]

@@ -16,7 +16,6 @@ from mergeready.training.techniques.registry import register
 from mergeready.training.techniques.run import TechniqueRun
 from mergeready.training.techniques.technique import Running
 from mergeready.training.techniques.trained import Trained
-from mergeready.training.techniques.whole import require_whole
 
 
 @register
@@ -33,7 +32,8 @@ class KroneckerPenalty(Penalty):
     the plain ones gave about 70. For training as usual, attention weights only: 83.1 with the scale tuned, 60.3 at 1.
     So tune the scale. Parameters without factors (norms, embeddings, convolutions, the task's head) are left alone.
 
-    Cost: two products of matrices a layer and step, and the factors in memory, whatever the number of peers.
+    Cost: two products of matrices a layer and step, and the factors in memory, whatever the number of peers. Of a
+    sharded model, every rank gathers one layer's change at a time.
 
     Attributes:
         factors: One for each peer: files, or what ``kronecker_factors`` returned. On this run's base.
@@ -66,7 +66,6 @@ class KroneckerPenalty(Penalty):
         ]
         if not layers:
             raise MismatchError(f"the factors {total.label} are of no layer that trains in this run.")
-        require_whole(self.name, [part for layer in layers for part in layer.parts])
         return _Penalty(self.strength, layers)
 
 
@@ -91,14 +90,14 @@ class _Layer:
         if self._weight is None:
             weight = torch.zeros(layer.weight_shape, device=self._inputs.device)
         else:
-            weight = self._weight.delta()
-        bias = None if self._bias is None else self._bias.delta()
+            weight = self._weight.whole_delta()
+        bias = None if self._bias is None else self._bias.whole_delta()
         _, gradient = kronecker_drift(layer.matrix(weight, bias), self._outputs, self._inputs)
         if self._weight is not None:
             own = gradient[:, : layer.inputs]
-            self._weight.add_gradient(own.T if layer.transposed else own, strength)
+            self._weight.add_gradient(self._weight.block.of(own.T if layer.transposed else own), strength)
         if self._bias is not None:
-            self._bias.add_gradient(gradient[:, layer.inputs], strength)
+            self._bias.add_gradient(self._bias.block.of(gradient[:, layer.inputs]), strength)
 
 
 class _Penalty(Running):

@@ -16,6 +16,7 @@ from mergeready.training.techniques.registry import register
 from mergeready.training.techniques.run import TechniqueRun
 from mergeready.training.techniques.technique import Running
 from mergeready.training.techniques.trained import Factored, add_to_gradient
+from mergeready.weights.shards import held, whole
 
 
 @register
@@ -73,5 +74,6 @@ class _Overlap(Running):
 
     def add_gradients(self, step: int, factor: float) -> None:
         for layer, others in self._pairs:
-            _, gradient = overlap(layer.factors[0].detach().float(), others)
-            add_to_gradient(layer.factors[0], gradient, self._strength * factor)
+            A = layer.factors[0]
+            _, gradient = overlap(whole(A).float(), others)
+            add_to_gradient(A, held(A).of(gradient), self._strength * factor)

@@ -101,7 +101,7 @@ class _Governor(Running):
         sharded = self._run.live.is_sharded
         for weight in self._weights:
             square = squared_norm(weight.delta().reshape(-1))
-            total += square / (copies(weight.parameters[0], self._run.ranks.size) if sharded else 1)
+            total += square / (copies(weight.place, self._run.ranks.size) if sharded else 1)
         if sharded:
             self._run.ranks.add([total])
         return math.sqrt(float(total))

@@ -14,7 +14,7 @@ from mergeready.training.techniques.registry import register
 from mergeready.training.techniques.run import TechniqueRun
 from mergeready.training.techniques.technique import Running, Technique, Touch
 from mergeready.training.techniques.trained import Factored, Trained
-from mergeready.training.techniques.whole import require_whole
+from mergeready.weights.shards import held, local, whole
 
 
 @register
@@ -28,7 +28,8 @@ class PeerProjection(Technique):
     helps that little.
     Parameters that are no matrices are left alone. No published figures: an experiment.
 
-    Cost: two thin products of matrices a parameter and step; bases of rank × peers vectors.
+    Cost: two thin products of matrices a parameter and step; bases of rank × peers vectors. Of a sharded model, every
+    rank gathers one parameter's change at a time.
 
     Attributes:
         rank: Singular vectors of each peer.
@@ -55,7 +56,6 @@ class PeerProjection(Technique):
         if not (run.peers or run.sketched):
             raise OptionError("peer_projection needs `peers`.")
         weights = {name: weight for name, weight in run.weights.items() if len(weight.block.shape) == 2}
-        require_whole(self.name, weights.values())
         pairs = [(weight, self._subspaces(name, weight, run)) for name, weight in weights.items()]
         pairs = [
             (weight, found) for weight, found in pairs if found.left is not None or found.right is not None
@@ -98,10 +98,11 @@ class _Projection(Running):
         for weight, subspaces in self._pairs:
             if isinstance(weight, Factored):
                 for factor, part in _factor_parts(weight, subspaces):
-                    factor.copy_(part.remove(factor.float()))
+                    local(factor).copy_(held(factor).of(part.remove(whole(factor).float())))
             else:
-                change = weight.delta()
-                weight.target.add_((subspaces.remove(change) - change).to(weight.target.dtype))
+                change = weight.whole_delta()
+                beyond = weight.block.of(subspaces.remove(change) - change)
+                weight.target.add_(beyond.to(weight.target.dtype))
 
 
 def _factor_parts(weight: Factored, subspaces: Subspaces) -> list[tuple[nn.Parameter, Subspaces]]:

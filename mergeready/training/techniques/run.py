@@ -45,7 +45,7 @@ class TechniqueRun:
         """What trains, by base parameter name.
 
         Raises:
-            UnsupportedError: For adapters that are not plain LoRA, and adapters on sharded models.
+            UnsupportedError: For adapters that are not plain LoRA.
         """
         return trained_weights(self.live)
 

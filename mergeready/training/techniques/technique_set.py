@@ -17,6 +17,7 @@ from mergeready.training.techniques.registry import TechniqueLike, make_techniqu
 from mergeready.training.techniques.run import TechniqueRun
 from mergeready.training.techniques.technique import ALONE, NEEDS_OPTIMIZER, Running, Technique, Touch
 from mergeready.weights.guard import random_state_kept
+from mergeready.weights.shards import reshard
 
 
 class TechniqueSet:
@@ -212,6 +213,8 @@ class TechniqueSet:
     def finish(self) -> None:
         """At the end of training."""
         self.leave()
+        if self._running:
+            reshard(self.run.live.model)
         for running in self._running.values():
             running.finish()
         self.finish_hooks()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mergeready.errors import UnsupportedError, listing
 from mergeready.experts.live import LiveExpert
-from mergeready.weights.shards import Held, held, is_sharded, local
+from mergeready.weights.shards import Held, held, is_sharded, local, placed_like, whole
 
 
 class Trained(ABC):
@@ -26,8 +26,13 @@ class Trained(ABC):
 
     @property
     @abstractmethod
+    def place(self) -> Tensor:
+        """The model's own tensor, sharded as it is, that moves the effective weight when it is written."""
+
+    @property
     def target(self) -> Tensor:
-        """The local tensor that moves the effective weight when it is written: what forward computes with."""
+        """What this rank holds of it: what forward computes with."""
+        return local(self.place)
 
     @property
     @abstractmethod
@@ -37,6 +42,10 @@ class Trained(ABC):
     @abstractmethod
     def delta(self) -> Tensor:
         """τ of this moment, fp32, in the block's shape; a new tensor."""
+
+    def whole_delta(self) -> Tensor:
+        """τ of the whole parameter, fp32. A collective where it is sharded."""
+        return whole(placed_like(self.place, self.delta()))
 
     @abstractmethod
     def add_gradient(self, gradient: Tensor, factor: float = 1.0) -> None:
@@ -60,8 +69,8 @@ class Whole(Trained):
         self._base: Tensor | None = None
 
     @property
-    def target(self) -> Tensor:
-        return local(self._parameter)
+    def place(self) -> Tensor:
+        return self._parameter
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -93,8 +102,8 @@ class Factored(Trained):
         self.factors: list[nn.Parameter] = [getattr(factor, "weight", factor) for factor in factors]
 
     @property
-    def target(self) -> Tensor:
-        return local(self._target)
+    def place(self) -> Tensor:
+        return self._target
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -106,22 +115,27 @@ class Factored(Trained):
         return bool(getattr(self._layer, "fan_in_fan_out", False)) or not self._layer.lora_A
 
     def change(self) -> Tensor:
-        """τ with its graph back to the factors."""
-        change: Tensor = self._layer.get_delta_weight(self._adapter)
-        return change
+        """τ with its graph back to the factors, laid out over ranks as the weight. A collective where it is sharded."""
+        change: Any = self._layer.get_delta_weight(self._adapter)
+        return _as_sharded_as(self._target, change.reshape(self.block.shape))
 
     def delta(self) -> Tensor:
         with torch.no_grad():
-            return self.change().float().reshape(self.block.sizes)
+            return local(self.change()).float().reshape(self.block.sizes)
 
     def add_gradient(self, gradient: Tensor, factor: float = 1.0) -> None:
         with torch.enable_grad():
             change = self.change()
-            parts = torch.autograd.grad(
-                change, self.parameters, gradient.to(change.dtype).reshape(change.shape)
-            )
+            above = placed_like(change, gradient.to(change.dtype).reshape(self.block.sizes))
+            parts = torch.autograd.grad(change, self.parameters, above)
         for parameter, part in zip(self.parameters, parts, strict=True):
-            add_to_gradient(parameter, part, factor)
+            add_to_gradient(parameter, local(_as_sharded_as(parameter, part)), factor)
+
+
+def _as_sharded_as(like: Tensor, tensor: Tensor) -> Tensor:
+    if not is_sharded(like):
+        return tensor
+    return cast("Tensor", cast("Any", tensor).redistribute(placements=cast("Any", like).placements))
 
 
 @torch.no_grad()
@@ -138,7 +152,7 @@ def trained_weights(live: LiveExpert) -> dict[str, Trained]:
 
     Raises:
         UnsupportedError: For adapters whose factors cannot be reached one by one: DoRA, stacks of experts, token rows,
-            trained biases of LoRA layers, and adapters on sharded models; all are listed.
+            and trained biases of LoRA layers; all are listed.
     """
     if not live.is_peft:
         return {
@@ -146,10 +160,6 @@ def trained_weights(live: LiveExpert) -> dict[str, Trained]:
             for name, target in live.targets.items()
             if name in live.vector and target.requires_grad
         }
-    if live.is_sharded:
-        raise UnsupportedError(
-            "techniques that work on weights do not support adapters on a sharded model. Use DDP, or train it whole."
-        )
     return _of_adapter(live)
 
 
@@ -169,7 +179,7 @@ def _of_adapter(live: LiveExpert) -> dict[str, Trained]:
         layer, copy = layers.get(id(target)), copies.get(id(target))
         if copy is not None:
             found[name] = _whole(live, name, copy)
-        elif layer is not None and not layer.use_dora.get(adapter) and not is_sharded(target):
+        elif layer is not None and not layer.use_dora.get(adapter):
             found[name] = Factored(name, target, layer, adapter)
         else:
             refused.append(name)

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import swa_utils
 
-from mergeready.errors import OptionError, UnsupportedError
+from mergeready.errors import OptionError
 from mergeready.training.techniques.registry import register
 from mergeready.training.techniques.run import TechniqueRun
 from mergeready.training.techniques.technique import Running, Technique, Touch
 from mergeready.training.techniques.trained import Factored, Whole
 from mergeready.weights.module import module_parameters
+from mergeready.weights.shards import held, local, placed_like, whole
 
 _HIGH = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
@@ -30,7 +31,8 @@ class WeightAverage(Technique):
     parameters; buffers are not averaged, so recalibrate batch norms. The framework's own evaluations and
     checkpoints see the weights in training.
 
-    Cost: a copy of the trained weights (``count`` of them for ``last``) and one pass over them at each snapshot.
+    Cost: a copy of the trained weights (``count`` of them for ``last``) and one pass over them at each snapshot; of a
+    sharded model each rank averages its shards, and gathers whole averages on the CPU for each checkpoint.
 
     Warning:
         That merged experts gain from it has not been published. Gains of averages shrink where the learning rate
@@ -80,10 +82,6 @@ class WeightAverage(Technique):
         return self.kind == "none" and self.mix == 1
 
     def begin(self, run: TechniqueRun) -> Running:
-        if run.live.is_sharded:
-            raise UnsupportedError(
-                "weight_average does not support sharded models, whose averages could not be saved. Use DDP."
-            )
         return _Average(self, run)
 
 
@@ -118,15 +116,15 @@ class _Average(Running):
         swa: Any = swa_utils  # its functions have no annotations
         is_ema = settings.kind == "ema"
         average = swa.get_ema_multi_avg_fn(settings.decay) if is_ema else swa.get_swa_multi_avg_fn()
-        [held] = self._snapshots
-        current = [p.detach().to(held[name].dtype) for name, p in self._parameters.items()]
-        average(list(held.values()), current, torch.tensor(self._taken - 1))
+        [own] = self._snapshots
+        current = [local(p).to(own[name].dtype) for name, p in self._parameters.items()]
+        average(list(own.values()), current, torch.tensor(self._taken - 1))
 
     def shown(self) -> Iterator[tuple[Tensor, Tensor]]:
         for name, parameter in self._parameters.items():
             value = self._value(name, parameter)
             if value is not None:
-                yield parameter.detach(), value
+                yield local(parameter), value
 
     def _value(self, name: str, parameter: nn.Parameter) -> Tensor | None:
         value: Tensor | None = None
@@ -134,7 +132,7 @@ class _Average(Running):
             parts = [snapshot[name] for snapshot in self._snapshots]
             value = parts[0] if len(parts) == 1 else torch.stack(parts).mean(0)
         if id(parameter) in self._mixed:
-            value = parameter.detach().float() if value is None else value
+            value = local(parameter).float() if value is None else value
             weight, mix = self._mixed[id(parameter)], self._settings.mix
             value = value * mix if weight is None else torch.lerp(weight.base.float(), value.float(), mix)
         return value
@@ -150,7 +148,7 @@ class _Average(Running):
 
     def tensors(self) -> dict[str, Tensor]:
         return {
-            f"{index}/{name}": value.cpu()
+            f"{index}/{name}": whole(placed_like(self._parameters[name], value)).cpu()
             for index, snapshot in enumerate(self._snapshots)
             for name, value in snapshot.items()
         }
@@ -158,11 +156,14 @@ class _Average(Running):
     def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         self._taken = int(state["taken"])
         self._snapshots = [
-            {name: tensors[f"{index}/{name}"].to(p.device, copy=True) for name, p in self._parameters.items()}
+            {
+                name: held(p).of(tensors[f"{index}/{name}"]).to(p.device, copy=True)
+                for name, p in self._parameters.items()
+            }
             for index in range(int(state["snapshots"]))
         ]
 
 
 def _copy(parameter: Tensor) -> Tensor:
-    value = parameter.detach()
+    value = local(parameter)
     return value.to(_HIGH.get(value.dtype, value.dtype), copy=True)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mergeready import lowest_fisher
-from mergeready.errors import HistoryError, OptionError, UnsupportedError
+from mergeready.errors import HistoryError, MismatchError, OptionError, UnsupportedError
 from mergeready.training.techniques.sparse_mask import SparseMask
 from tests.sharded import adapter
 from tests.training.small import Net, equal, examples, state_of
@@ -87,7 +91,36 @@ def test_head_and_share() -> None:
     assert bool((state_of(model)["head.weight"] != before["head.weight"]).all())  # trains freely
 
 
+@pytest.mark.parametrize("kind", ["mapping", "file"])
+def test_masks_that_were_made_before_are_those_that_would_be_made(tmp_path: Path, kind: str) -> None:
+    made: Any = lowest_fisher(Net(), DATA, share=0.2)
+    if kind == "file":
+        save_file(made, tmp_path / "masks.safetensors")
+        made = tmp_path / "masks.safetensors"
+    model = net()
+    optimizer = adamw(model)
+    chosen = started([SparseMask(masks=made)], model, Net(), optimizer=optimizer)
+    train(chosen, model, optimizer, 1, 6)
+    assert equal(state_of(model), run(6))
+
+
+def test_parameters_that_given_masks_do_not_name_are_frozen() -> None:
+    model = net()
+    optimizer = adamw(model)
+    given = {"head.weight": torch.ones(3, 16, dtype=torch.bool)}
+    train(started([SparseMask(masks=given)], model, Net(), optimizer=optimizer), model, optimizer, 1, 2)
+    before = state_of(Net())
+    assert {n for n, t in state_of(model).items() if not torch.equal(t, before[n])} == {"head.weight"}
+
+
 def test_what_does_not_serve_is_refused() -> None:
+    with pytest.raises(OptionError, match="either `batches`"):
+        SparseMask()
+    with pytest.raises(OptionError, match="either `batches`"):
+        SparseMask(batches=DATA, masks={})
+    for given in ({"head.weight": torch.ones(2, 2)}, {"other": torch.ones(2)}):
+        with pytest.raises(MismatchError, match=r"not of this model: (head|none is)"):
+            started([SparseMask(masks=given)], net(), Net(), optimizer=adamw(net()))
     for options in ({"share": 0.0}, {"share": 1.0}, {"rounds": 0}):
         with pytest.raises(OptionError):
             SparseMask(batches=DATA, **options)

@@ -1,4 +1,4 @@
-"""What holds for every technique: off is off, accumulation, resuming, restoring, and what cannot go together."""
+"""What the set does for its techniques: restoring, what cannot go together, and what a run has to have."""
 
 from __future__ import annotations
 
@@ -26,52 +26,14 @@ from mergeready.training.techniques.registry import make_technique, technique_na
 from mergeready.training.techniques.technique_set import TechniqueSet
 from tests.sharded import adapter
 from tests.training.small import Evaluation, Net, equal, examples, expert, state_of
-from tests.training.techniques.runs import net, run, saved
+from tests.training.techniques.runs import net, run
 
 ACTIVE: dict[str, Any] = {
     "drift_penalty": DriftPenalty(strength=0.5),
     "simulated_merge": SimulatedMerge(every=2, noise=0.05),
     "sharpness_aware": SharpnessAware(radius=0.1),
-    "adaptive": SharpnessAware(radius=0.5, adaptive=True, every=2),
-    "ema": WeightAverage(decay=0.5),
-    "last": WeightAverage(kind="last", count=2, every=2, mix=0.5),
     "norm_governor": NormGovernor(max_norm=0.3),
 }
-OFF = [
-    DriftPenalty(strength=0),
-    SimulatedMerge(every=0),
-    SharpnessAware(radius=0),
-    WeightAverage(kind="none"),
-]
-
-
-def test_switched_off_is_bit_identical(tmp_path: Path) -> None:
-    assert equal(run(tmp_path / "a", OFF), run(tmp_path / "b", []))
-    assert not TechniqueSet(OFF)
-
-
-@pytest.mark.parametrize("name", ACTIVE)
-def test_it_changes_the_run(tmp_path: Path, name: str) -> None:
-    assert not equal(run(tmp_path / "a", [ACTIVE[name]]), run(tmp_path / "b", []))
-
-
-@pytest.mark.parametrize("name", ACTIVE)
-def test_micro_batches_of_a_step_agree_with_its_whole_batch(tmp_path: Path, name: str) -> None:
-    one, four = (run(tmp_path / f"{m}", [ACTIVE[name]], micro=m) for m in (1, 4))
-    assert all(torch.allclose(one[key], four[key], atol=2e-6) for key in one)
-
-
-@pytest.mark.parametrize("name", ACTIVE)
-def test_resumed_equals_uninterrupted(tmp_path: Path, name: str) -> None:
-    states: dict[int, Any] = {}
-    whole = run(
-        tmp_path / "a",
-        [ACTIVE[name]],
-        after=lambda step, *parts: states.update({step: saved(*parts)}),
-        base=Net().state_dict(),
-    )
-    resumed = run(tmp_path / "b", [ACTIVE[name]], state=states[3], base=Net().state_dict())
-    assert equal(resumed, whole)
 
 
 @pytest.mark.parametrize("name", ["simulated_merge", "sharpness_aware"])
