@@ -24,6 +24,7 @@ FIGURE = "overtraining-late.png"
 LATE_COLOR = "#d1495b"
 SHARPENS = "tsv_m"
 """The method that is explained; the others are what it is compared with."""
+KEPT = "energy in left directions that TSV-M takes of the end"
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class Figure:
     def shown(self, sign: str = "") -> str:
         """Mean and interval."""
         low, high = self.mean - self.half, self.mean + self.half
-        return f"{self.mean:{sign}.3g} [{low:{sign}.3g}, {high:{sign}.3g}]"
+        digits = 3 if max(abs(low), abs(high)) < 3 else 1
+        return f"{self.mean:{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
 
 
 def section(results: Results) -> str:
@@ -82,6 +84,8 @@ The experts' task vectors at step {end}, minus those at step {pick}, beside thos
 matrix of each kind in six layers, all else of all trained parameters.
 
 ![Ranks, energies and interference of early and late updates](study/{FIGURE})
+
+Bars are the same intervals, bands the range of seeds.
 
 {_parts_table(measured, pick, end)}
 
@@ -123,7 +127,7 @@ def _pairs(measured: Measured, pick: int) -> dict[str, tuple[Figure, Figure]]:
             "top_1": "energy in the leading direction",
             "top_4": "energy in 4 leading directions",
             "top_16": "energy in 16 leading directions",
-            "kept": "energy in left directions that TSV-M takes of the end",
+            "kept": KEPT,
         }.items()
     }
     return found | {
@@ -166,13 +170,17 @@ def _explanation(results: Results, measured: Measured, pick: int, end: int) -> s
         f"- **What {SHARPENS} leaves out.** {_left_out(measured)}",
         f"- **What {SHARPENS} makes orthogonal.** {_orthogonal(measured, pick, end)}",
         "",
+        _summary(measured, pick, end),
+        "",
         "Nothing was taken out and merged again for these figures: they say what goes together, not what causes what.",
     ]
     return "\n".join(lines)
 
 
 def _goes_on(cosine: Figure) -> str:
-    return _word(cosine, "goes on in a similar direction", "turns back", "goes on at a right angle")
+    return _word(
+        cosine, "goes on partly in the same direction", "partly turns back", "goes on at a right angle"
+    )
 
 
 def _word(figure: Figure, up: str, down: str, neither: str) -> str:
@@ -212,9 +220,12 @@ def _scales(results: Results, measured: Measured, pick: int, end: int) -> str:
     norms = {step: _at(measured, step, "norm").mean for step in (pick, end)}
     for method in merge_labels(results):
         scales = {step: [scale for scale, _ in results.scales(arm, step, method)] for step in (pick, end)}
-        means = {step: float(np.mean(found)) if found else 1.0 for step, found in scales.items()}
-        if scales[end] and not all(scale == 1 for found in scales.values() for scale in found):
-            told.append(f"{method} ×{means[pick]:.2f} to ×{means[end]:.2f}")
+        if set(scales[pick] + scales[end]) <= {1.0}:
+            continue
+        one, two = (float(np.mean(scales[step])) for step in (pick, end))
+        told.append(
+            f"{method} ×{one:.2f} to ×{two:.2f} (times ‖τ‖: {one * norms[pick]:.1f} to {two * norms[end]:.1f})"
+        )
     return (
         f"‖τ‖ grows from {norms[pick]:.2f} to {norms[end]:.2f} between the two steps, and the best scales change as follows, means over "
         f"seeds: {', '.join(told)}."
@@ -260,6 +271,37 @@ def _lengths(measured: Measured, pick: int, end: int) -> str:
     return (
         f"The longest τ is {_seeds(one)} times as long as the shortest at step {pick} and {_seeds(two)} times at step {end} (seed by "
         f"seed): the ratio {_seeds_verdict(two - one)}."
+    )
+
+
+def _summary(measured: Measured, pick: int, end: int) -> str:
+    """Which of the things that one may suspect hold, each by its own interval."""
+    pairs = _pairs(measured, pick)
+
+    def late_minus_early(name: str) -> Figure:
+        return pairs[name][1].minus(pairs[name][0])
+
+    def grew(key: str) -> bool:
+        one, two = (_at(measured, step, key).values[:, 0] for step in (pick, end))
+        return _seeds_verdict(two - one) == "grows"
+
+    cosine, kept = late_minus_early("cosine with the peers' part"), late_minus_early(KEPT)
+    rank = late_minus_early("stable rank")
+    suspects = {
+        "late updates are spread over more directions": rank.excludes_zero and rank.mean > 0,
+        f"{SHARPENS} leaves out more of late updates than of early ones": kept.excludes_zero
+        and kept.mean < 0,
+        "late updates of different tasks point against each other more": cosine.excludes_zero
+        and cosine.mean < 0,
+        "leading directions of different experts collide more": grew("interference"),
+        "the sum does more things several times over": grew("times_over"),
+        "experts' lengths drift apart": grew("norm_ratio"),
+    }
+    holds = [what for what, found in suspects.items() if found]
+    verdict = f"by its interval this holds: {'; '.join(holds)}" if holds else "none holds by its interval"
+    return (
+        f"Of {len(suspects)} things that one may suspect where a plain sum falls and {SHARPENS} does not "
+        f"({'; '.join(suspects)}), {verdict}."
     )
 
 
@@ -335,7 +377,7 @@ Does an expert's late part tell how accuracy on its task changes from step {pick
 
 {markdown(["of the late part", *("*experts*" if m == EXPERT else m for m in methods)], lines)}
 
-{len(clear)} of these {count} intervals exclude 0, where about {count * 0.05:.0f} would by chance{f": {'; '.join(clear)}" if clear else ""}."""
+{len(clear)} of these {count} intervals exclude 0, where about {count * 0.05:.0f} would by chance{f": {'; '.join(clear)}" if clear else ""}.{prediction_page.none_for(methods, found)}"""
 
 
 def draw(results: Results, folder: Path) -> None:
@@ -355,19 +397,19 @@ def draw(results: Results, folder: Path) -> None:
         )  # fmt: skip
     late = _spectrum(measured, "late_stable_rank")
     rank.errorbar(
-        [end], [late.mean], [late.half], fmt="D", color=LATE_COLOR, markersize=7, markerfacecolor="white", capsize=2,
+        [end * 1.15], [late.mean], [late.half], fmt="D", color=LATE_COLOR, markersize=7, markerfacecolor="white", capsize=2,
         label=f"of τ at {end} − τ at {pick}",
     )  # fmt: skip
     _steps_axis(rank, steps)
     rank.set_title("directions that updates use", fontsize=11)
     tops = [1, 4, 16]
-    for part, color, name in (
-        ("early", EXPERT_COLOR, f"τ at step {pick}"),
-        ("late", LATE_COLOR, f"added until step {end}"),
+    for part, color, name, beside in (
+        ("early", EXPERT_COLOR, f"τ at step {pick}", -0.04),
+        ("late", LATE_COLOR, f"added until step {end}", 0.04),
     ):
         shares = [_spectrum(measured, f"{part}_top_{top}") for top in tops]
         energy.errorbar(
-            range(len(tops)), [s.mean for s in shares], [s.half for s in shares],
+            np.arange(len(tops)) + beside, [s.mean for s in shares], [s.half for s in shares],
             fmt="-o", color=color, markersize=4, capsize=2, label=name,
         )  # fmt: skip
     energy.set_xticks(range(len(tops)), [str(top) for top in tops])

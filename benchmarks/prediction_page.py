@@ -75,7 +75,8 @@ Spearman's ρ of each metric's mean over experts with the retention of all tasks
 ### Among experts of one step
 
 The steps' means are taken out: at each step experts are ranked by a metric and by their own task's retention, and ρ is that
-of the ranks over all steps. Brackets are 95 % bootstrap intervals over the tasks, since the same task comes again at each step and seed.
+of the ranks over all steps. Brackets are 95 % bootstrap intervals over the tasks, since the same task comes again at each step and seed;
+of so few tasks they are rather too narrow.
 
 {markdown(["metric", *methods], [[name, *(shown(within[m][key]) for m in methods)] for key, name in METRICS.items()])}
 
@@ -218,15 +219,17 @@ def _peaks(measured: Measured, steps: Sequence[int], peaks: Mapping[str, Mapping
     ]
     return (
         f"Validation data chose these steps, seed by seed: {chosen}. {len(never)} of the {len(where)} metrics never turn, so they "
-        f"cannot mark a peak. {_agreement(right)} With {len(measured)} seeds on {len(steps)} steps that two apart by a factor of "
-        "2, agreement could be chance; a rule for stopping cannot be taken from it."
+        f"cannot mark a peak. {_agreement(right, len(measured), len(steps))}"
     )
 
 
-def _agreement(right: Sequence[str]) -> str:
+def _agreement(right: Sequence[str], seeds: int, steps: int) -> str:
     if not right:
-        return "None turns at the step which validation chose in every seed, for any merge method."
-    return f"At the step which validation chose in every seed turns: {'; '.join(right)}."
+        return "No metric turns at the step which validation chose in every seed, for any merge method: none marks the peak."
+    return (
+        f"At the step which validation chose in every seed turns: {'; '.join(right)}. With {seeds} seeds and {steps} steps to choose "
+        "from, agreement could be chance: no rule for stopping can be taken from it."
+    )
 
 
 def _confounded(
@@ -236,7 +239,8 @@ def _confounded(
     told = ", ".join(f"{falls[m]:+.2f} with {m}" for m in methods)
     return (
         f"These say little: the number of the step itself, which measures nothing, has {told}, and whatever grows or shrinks "
-        f"during training has as much. {len(measured)} seeds are too few for an interval."
+        f"during training about as much. {len(measured)} seeds are too few for an interval, "
+        "and at one step too few to rank what is measured of all experts together."
     )
 
 
@@ -260,9 +264,10 @@ def _verdict(within: Mapping[str, Mapping[str, Prediction]], methods: Sequence[s
     }
     count = len(methods) * len(METRICS)
     sizes = sorted({found.n for own in within.values() for found in own.values()})
+    groups = max(found.groups for own in within.values() for found in own.values())
     text = (
         f"{len(clear)} of these {count} intervals exclude 0, where about {count * 0.05:.0f} would by chance"
-        f" ({'–'.join(map(str, sizes[:: max(len(sizes) - 1, 1)]))} rows of {FEW} tasks; retention is undefined where an expert is no better than its base)."
+        f" ({'–'.join(map(str, sizes[:: max(len(sizes) - 1, 1)]))} rows of {groups} tasks; retention is undefined where an expert is no better than its base)."
     )
     if not clear:
         return f"{text} No metric predicts which expert of a step will keep more."
@@ -272,6 +277,7 @@ def _verdict(within: Mapping[str, Mapping[str, Prediction]], methods: Sequence[s
         if everywhere
         else " No metric's interval excludes 0 for every merge method."
     )
+    text += none_for(methods, within)
     lines = []
     for key, name in METRICS.items():
         found = [f"{m} ({within[m][key].correlation:+.2f})" for m in methods if (m, key) in clear]
@@ -283,6 +289,12 @@ def _verdict(within: Mapping[str, Mapping[str, Prediction]], methods: Sequence[s
         + f" The strongest, {largest.correlation:+.2f}, explains {largest.correlation**2:.0%} of the variance of ranks.\n\n"
         + "\n".join(lines)
     )
+
+
+def none_for(methods: Sequence[str], found: Mapping[str, Mapping[str, Prediction]]) -> str:
+    """A sentence that names the methods without an interval that excludes 0, where there are any."""
+    none = [method for method in methods if not any(excludes_zero(each) for each in found[method].values())]
+    return f" None does for {', '.join(none)}." if none else ""
 
 
 def _same_sign(

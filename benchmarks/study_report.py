@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import late_updates_page
 from benchmarks.text_experts import ExpertSpec
 from mergeready.study.cells import EXPERT
 from mergeready.study.report import write_report
@@ -116,6 +117,7 @@ def main() -> None:
     studies = {name: load(name) for name in NAMES}
     for name, study in studies.items():
         _draw(name, study)
+    late_updates_page.draw(studies["overtraining"].results, DOCS / "study")
     for name, text in pages(studies).items():
         (DOCS / name).write_text(text, encoding="utf-8")
         print(DOCS / name)
@@ -149,6 +151,7 @@ def _study_page(curve: Study, noise: Study) -> str:
         _curve_text(curve),
         _conclusions(curve.results),
         _tasks_text(curve.results),
+        late_updates_page.section(curve.results),
     ]
     if noise.results.contents:
         parts.append(_noise_text(noise))

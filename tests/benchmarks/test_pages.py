@@ -9,7 +9,15 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks import fingerprints, in_place, merge_engine, method_order, overhead, study_report
+from benchmarks import (
+    fingerprints,
+    in_place,
+    late_updates_page,
+    merge_engine,
+    method_order,
+    overhead,
+    study_report,
+)
 from mergeready.study.table import rows
 from mergeready.study.tables import tables
 
@@ -44,6 +52,11 @@ def test_tables_of_studies_are_what_their_cells_give(name: str) -> None:
     found, folder = study_report.load(name).results, RESULTS / "study" / name
     assert (folder / "tables.md").read_text("utf-8") == tables(found, name)
     assert pq.read_table(folder / "results.parquet").to_pylist() == list(rows(found.contents))
+
+
+def test_what_the_study_says_of_late_updates_and_metrics_is_what_was_measured() -> None:
+    section = late_updates_page.section(study_report.load("overtraining").results)
+    assert section in (ROOT / "docs/study.md").read_text("utf-8")
 
 
 def test_the_readme_says_what_the_study_found() -> None:
