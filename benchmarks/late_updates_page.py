@@ -288,7 +288,7 @@ def _summary(measured: Measured, pick: int, end: int) -> str:
     cosine, kept = late_minus_early("cosine with the peers' part"), late_minus_early(KEPT)
     rank = late_minus_early("stable rank")
     suspects = {
-        "late updates are spread over more directions": rank.excludes_zero and rank.mean > 0,
+        "late updates are less concentrated in leading directions": rank.excludes_zero and rank.mean > 0,
         f"{SHARPENS} leaves out more of late updates than of early ones": kept.excludes_zero
         and kept.mean < 0,
         "late updates of different tasks point against each other more": cosine.excludes_zero
