@@ -22,8 +22,8 @@ import torch
 from benchmarks.suites.backbones import minilm_l6
 from benchmarks.suites.text import TEXT_SUITE, load_text_task
 from benchmarks.text_experts import ExpertSpec, accuracy_on, encoder, train_expert
+from benchmarks.text_methods import UNTUNED, text_merge
 from mergeready import MergedInPlace, tune_scale
-from mergeready.merging import method_class
 from mergeready.weights.atomic import new_file
 
 RESULTS = Path(__file__).parent / "results" / "method_order.json"
@@ -31,8 +31,9 @@ TABLE = RESULTS.with_suffix(".md")
 VALIDATION, TEST = 150, 400
 SCALES = (0.3, 0.5, 0.8)
 METHODS = (
-    "average", "task_arithmetic", "ties", "dare_linear", "dare_ties", "della", "breadcrumbs", "consensus", "pcb",
-    "model_stock", "tsv_m", "iso_c", "iso_cts", "wudi", "knots",
+    "average", "task_arithmetic", "ties", "dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs",
+    "consensus", "pcb", "sce", "model_stock", "tsv_m", "iso_c", "iso_cts", "wudi", "knots", "svc",
+    "fisher", "regmean", "regmean_pp", "adamerging",
 )  # fmt: skip
 
 
@@ -71,18 +72,21 @@ def merged(suite: Suite, method: str, step: int) -> dict[str, Any]:
     """Tune a method's scale on validation data, and test it there."""
     began = time.process_time()
     model, experts = encoder(), suite.experts(step)
-    fixed = method == "average"
+    merge = text_merge(method, experts, list(suite.tasks.values()), suite.seed)
     scale, inside, tried = 1.0, True, {}
-    if not fixed:
+    if method not in UNTUNED:
         tuned = tune_scale(
-            model, minilm_l6(), experts, suite.validation, method,
-            scales=SCALES, max_evaluations=10,
+            model, minilm_l6(), experts, suite.validation, merge.method,
+            scales=SCALES, max_evaluations=10, **merge.options,
         )  # fmt: skip
         scale, inside, tried = tuned.scale, tuned.inside, dict(tuned.tried)
     with (
         torch.no_grad(),
-        MergedInPlace(model, minilm_l6(), experts, method, scale=scale, include_model=False),
-    ):
+        MergedInPlace(
+            model, minilm_l6(), experts, merge.method,
+            scale=scale, include_model=False, **merge.options,
+        ),
+    ):  # fmt: skip
         scores = {name: _score(suite, name, model.eval()) for name in TEXT_SUITE}
     return {
         "scale": scale,
@@ -185,8 +189,6 @@ def main() -> None:
                     key = f"{method}/{step}/{seed}"
                     if key in cells:
                         continue
-                    if method != "references":
-                        method_class(method)
                     cells[key] = (
                         references(suite, step) if method == "references" else merged(suite, method, step)
                     )

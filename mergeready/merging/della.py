@@ -16,6 +16,9 @@ from mergeready.merging.row_order import row_order
 from mergeready.merging.ties import elect_and_average
 from mergeready.weights.source import CHUNK_ELEMENTS, TensorInfo
 
+_REMEMBERED = ("della", "elements remembered")
+_MOST_REMEMBERED = 2**26  # 128 MiB an expert
+
 
 @dataclass
 class _Rows:
@@ -26,6 +29,22 @@ class _Rows:
     slot: int
     width: int
     last: tuple[tuple[int, int], Tensor] = field(default=((0, 0), torch.empty(0)))
+    known: dict[tuple[int, int], Tensor] | None = None
+    """Levels of what is kept and 0 for what is dropped, by range, where they are the same in every merge."""
+
+    def kept(self, chunk: Tensor, place: Place, table: Tensor, seed: int) -> Tensor:
+        """The table's entry for each element that is kept, 0 for each that is dropped."""
+        known = None if self.known is None else self.known.get((place.start, place.stop))
+        if known is not None:
+            return known
+        numbers = random_numbers(
+            seed=seed, slot=self.slot, name=place.name, start=place.start, stop=place.stop
+        )
+        levels = self.levels(chunk, place, table)
+        kept = torch.from_numpy(numbers.astype("float32")).lt_(levels).mul_(levels)
+        if self.known is not None:
+            self.known[place.start, place.stop] = kept.to(torch.uint16)
+        return kept
 
     def levels(self, chunk: Tensor, place: Place, table: Tensor) -> Tensor:
         """Each element's entry in a table of one value a rank."""
@@ -42,6 +61,17 @@ class _Rows:
 
 def _width(info: TensorInfo) -> int:
     return info.numel // max(info.rows, 1) if len(info.shape) > 1 else info.numel
+
+
+def _may_remember(vector: TaskVector, info: TensorInfo) -> bool:
+    """Whether what is dropped of a parameter may be remembered: within a bound for each task vector."""
+    if vector.memory is None:
+        return False
+    elements = vector.memory.get(_REMEMBERED, 0) + info.numel
+    if elements > _MOST_REMEMBERED:
+        return False
+    vector.memory[_REMEMBERED] = elements
+    return True
 
 
 def _by_rank(values: Tensor, width: int, table: Tensor) -> Tensor:
@@ -73,7 +103,10 @@ class _Della(ElementwiseMethod):
 
     def prepare(self, vector: TaskVector, name: str, slot: int) -> _Rows:
         info = vector.infos[name]
-        return _Rows(vector, name, slot, _width(info))
+        rows = _Rows(vector, name, slot, _width(info))
+        if self.density + self.epsilon < 1 and _may_remember(vector, info):  # levels fit into 16 bits
+            rows.known = {}
+        return rows
 
     def _table(self, width: int) -> Tensor:
         """The probability to be kept at each rank, as a whole number of 1/65536."""
@@ -92,12 +125,8 @@ class _Della(ElementwiseMethod):
         for delta, rows in zip(deltas, prepared, strict=True):
             if rows is None:
                 continue
-            levels = rows.levels(delta, place, self._table(rows.width))
-            numbers = random_numbers(
-                seed=self.seed, slot=rows.slot, name=place.name, start=place.start, stop=place.stop
-            )
-            kept = torch.from_numpy(numbers.astype("float32")).lt_(levels).to(delta.dtype)  # 1 or 0
-            delta.mul_(kept.mul_(LEVELS).div_(levels).to(delta.device))
+            kept = rows.kept(delta, place, self._table(rows.width), self.seed).to(delta.dtype)
+            delta.mul_(torch.div(LEVELS, kept).nan_to_num_(posinf=0.0).to(delta.device))
 
 
 @register

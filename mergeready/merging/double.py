@@ -31,6 +31,9 @@ class InDouble(ElementwiseMethod):
     name: ClassVar[str] = "in_double"
     inner: ElementwiseMethod
 
+    def holds(self, info: TensorInfo, experts: int) -> bool:
+        return self.inner.holds(info, experts)
+
     def prepare(self, vector: TaskVector, name: str, slot: int) -> Any:
         return self.inner.prepare(vector, name, slot)
 

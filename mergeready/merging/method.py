@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from mergeready.experts.delta import Delta
 from mergeready.experts.task_vector import TaskVector
+from mergeready.merging.selection import can_be_held
 from mergeready.weights.source import CHUNK_ELEMENTS, TensorInfo
 
 
@@ -78,7 +81,12 @@ class ElementwiseMethod(MergeMethod):
 
     def scratch_bytes(self, info: TensorInfo, experts: int) -> int:
         # Deltas of this piece and of the one before, base, sums, result; and as much again that the allocator keeps.
-        return min(info.numel, CHUNK_ELEMENTS) * 4 * (4 * experts + 18)
+        held = 4 * experts * info.numel if self.holds(info, experts) else 0
+        return held + min(info.numel, CHUNK_ELEMENTS) * 4 * (4 * experts + 18)
+
+    def holds(self, info: TensorInfo, experts: int) -> bool:
+        """Whether the deltas of a parameter are read once and held, where they would be read several times."""
+        return self.passes > 1 and can_be_held(info, experts)
 
     def prepare(self, vector: TaskVector, name: str, slot: int) -> Any:
         """What ``combine`` needs to know about one expert's whole delta, such as a threshold.
@@ -100,7 +108,8 @@ class ElementwiseMethod(MergeMethod):
         """What ``combine`` needs to know about all experts' whole deltas together, such as their angles.
 
         Args:
-            read: Gives elements ``start`` to ``stop`` of every expert's delta, fp32, zeros where it has none.
+            read: Gives elements ``start`` to ``stop`` of every expert's delta, fp32, zeros where it has none; they
+                must not be overwritten.
             info: The parameter's shape; cover it with ``chunk_ranges(info)``.
             weights: One factor an expert.
             prepared: What ``prepare`` returned for each expert.
@@ -179,3 +188,16 @@ def weighted(deltas: Sequence[Tensor], weights: Sequence[float]) -> list[Tensor]
     return [
         delta if weight == 1 else delta.mul_(weight) for delta, weight in zip(deltas, weights, strict=True)
     ]
+
+
+def zeros_if_finite(deltas: Sequence[Tensor]) -> Tensor:
+    """Zeros of the shape of the deltas; NaN where one is NaN or infinite, for methods that would hide it from engines.
+
+    >>> zeros_if_finite([torch.tensor([1.0, 2.0]), torch.tensor([float("inf"), 3.0])])
+    tensor([nan, 0.])
+    """
+    zeros = torch.zeros_like(deltas[0])
+    for delta in deltas:
+        if not math.isfinite(delta.sum()):
+            zeros += delta * 0
+    return zeros

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from mergeready.errors import NonFiniteError, OptionError, listing
 from mergeready.experts.task_vector import TaskVector
 from mergeready.merging.allocation import keep_freed_memory
+from mergeready.merging.held import HeldDeltas, HeldVector, read_all
 from mergeready.merging.method import ElementwiseMethod, MatrixMethod, MergeMethod, Place
 from mergeready.merging.registry import make_method
 from mergeready.weights.source import TensorInfo, chunk_ranges
@@ -48,13 +50,15 @@ def merged_chunks(
     if not isinstance(method, ElementwiseMethod):
         raise OptionError(f"{method.name} is of an unknown kind.")
     keep_freed_memory()
+    held = HeldDeltas(vectors, name, info) if method.holds(info, len(vectors)) else None
+    read = partial(read_all, vectors, name) if held is None else held.read
     prepared = [
-        _prepared(method, vector, name, slot) if name in vector else None
+        _prepared(method, vector, name, slot, held) if name in vector else None
         for slot, vector in enumerate(vectors)
     ]
-    joint = method.prepare_jointly(lambda a, b: _read(vectors, name, a, b), info, weights, prepared)
+    joint = method.prepare_jointly(read, info, weights, prepared)
     for start, stop in chunk_ranges(info, span=span):
-        deltas = _read(vectors, name, start, stop)
+        deltas = read(start, stop)
         yield start, stop, method.combine(deltas, weights, prepared, Place(name, start, stop, joint))
 
 
@@ -72,13 +76,16 @@ def _merged_matrix(
         yield start, stop, flat[start:stop]
 
 
-def _prepared(method: ElementwiseMethod, vector: TaskVector, name: str, slot: int) -> Any:
-    if vector.memory is None:
-        return method.prepare(vector, name, slot)
+def _prepared(
+    method: ElementwiseMethod, vector: TaskVector, name: str, slot: int, held: HeldDeltas | None
+) -> Any:
     key = (method, name, slot)
-    if key not in vector.memory:
-        vector.memory[key] = method.prepare(vector, name, slot)
-    return vector.memory[key]
+    if vector.memory is not None and key in vector.memory:
+        return vector.memory[key]
+    found = method.prepare(vector if held is None else HeldVector(vector, name, held, slot), name, slot)
+    if vector.memory is not None:
+        vector.memory[key] = found
+    return found
 
 
 def merged_delta(
@@ -183,21 +190,3 @@ def _is_broken(vector: TaskVector, name: str) -> bool:
         return False
     ranges = chunk_ranges(vector.infos[name])
     return any(not bool(torch.isfinite(vector.flat(name, a, b)).all()) for a, b in ranges)
-
-
-def _read(vectors: Sequence[TaskVector], name: str, start: int, stop: int) -> list[Tensor]:
-    having = [vector for vector in vectors if name in vector]
-    source = next((v.differs_from for v in having if v.differs_from is not None), None)
-    base = None
-    if source is not None and len(having) > 1:
-        base = source.read_flat(name, start, stop).float()
-    read: list[Any] = [
-        vector.flat(name, start, stop, base if vector.differs_from is source else None)
-        if name in vector
-        else None
-        for vector in vectors
-    ]
-    device = next(values.device for values in read if values is not None)
-    return [
-        torch.zeros(stop - start, device=device) if values is None else values.to(device) for values in read
-    ]

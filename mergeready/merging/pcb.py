@@ -13,12 +13,14 @@ from torch import Tensor
 
 from mergeready.errors import OptionError
 from mergeready.experts.task_vector import TaskVector
-from mergeready.merging.method import ElementwiseMethod, Place
+from mergeready.merging.largest import kth_largest, largest
+from mergeready.merging.method import ElementwiseMethod, Place, zeros_if_finite
 from mergeready.merging.registry import register, require_fraction
 from mergeready.merging.selection import can_be_held, kept_count, selection_bytes, top_k, top_ks
 from mergeready.weights.source import TensorInfo, chunk_ranges
 
 Array = NDArray[np.float32]
+Reader = Callable[[int, int], list[Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +35,34 @@ class _Range:
 
     def share(self, values: Array) -> Array:
         """Where between the two a value lies, 0 … 1."""
-        share: Array = (self.clip(values) - self.low) / (self.high - self.low)
+        share = self.clip(values)
+        share -= self.low
+        share /= self.high - self.low
         return share
+
+
+@dataclass(frozen=True, slots=True)
+class _Winners:
+    """The entries of a whole parameter whose scores count, by rising position, and how much each does."""
+
+    index: NDArray[np.int64]
+    share: Array
+
+    @classmethod
+    def of(cls, scores: Array, count: int) -> _Winners:
+        """Those of the ``count`` highest scores."""
+        best = largest(scores, count)
+        values = scores.take(best)
+        limits = _Range(values.min(initial=np.inf), values.max(initial=-np.inf))
+        if limits.low == limits.high:
+            return cls(*_winners(scores, limits))
+        index, share = _winners(values, limits)
+        return cls(best.take(index), share)
+
+    def between(self, start: int, stop: int) -> tuple[NDArray[np.int64], Array]:
+        """Those from element ``start`` to ``stop``, counted from there."""
+        first, last = np.searchsorted(self.index, [start, stop])
+        return self.index[first:last] - start, self.share[first:last]
 
 
 @register
@@ -72,65 +100,83 @@ class Pcb(ElementwiseMethod):
     def prepare(self, vector: TaskVector, name: str, slot: int) -> _Range:
         info = vector.infos[name]
         clipped = math.floor(self.clip * info.numel)
-
+        if can_be_held(info):
+            sizes = np.abs(vector.flat(name, 0, info.numel).cpu().numpy())
+            high = kth_largest(sizes, clipped + 1)
+            return _Range(low=-kth_largest(np.negative(sizes, out=sizes), clipped + 1), high=high)
         counts = [info.numel - clipped, clipped + 1]
-        low, high = top_ks(lambda a, b: vector.flat(name, a, b), info, counts)
-        return _Range(low=np.float32(low.value), high=np.float32(high.value))
+        lowest, highest = top_ks(lambda a, b: vector.flat(name, a, b), info, counts)
+        return _Range(low=np.float32(lowest.value), high=np.float32(highest.value))
 
     def prepare_jointly(
+        self, read: Reader, info: TensorInfo, weights: Sequence[float], prepared: Sequence[Any]
+    ) -> list[_Range | _Winners | None]:
+        """For each expert its winners, or the range of scores that count; None for one that takes no part."""
+        weights = _proportions(weights)
+        chosen = [i for i, limits in enumerate(prepared) if limits is not None and weights[i] != 0]
+        found: list[_Range | _Winners | None] = [None] * len(weights)
+        with _quiet():
+            if self.holds(info, len(weights)):
+                pieces = [(start, stop, _arrays(read(start, stop))) for start, stop in chunk_ranges(info)]
+                totals = [_total(deltas, weights) for _, _, deltas in pieces]
+                scores, count = np.empty(info.numel, np.float32), kept_count(self.density, info.numel)
+                for i in chosen:
+                    for (start, stop, deltas), total in zip(pieces, totals, strict=True):
+                        scores[start:stop] = _score(deltas[i], total, weights, i, prepared[i])
+                    found[i] = _Winners.of(scores, count)
+            else:
+                for i, limits in self._ranges(read, info, weights, prepared, chosen).items():
+                    found[i] = limits
+        return found
+
+    def _ranges(
         self,
-        read: Callable[[int, int], list[Tensor]],
+        read: Reader,
         info: TensorInfo,
         weights: Sequence[float],
         prepared: Sequence[Any],
-    ) -> list[_Range | None]:
-        """The range of scores that count, for each expert; None for one that takes no part."""
-        weights = _proportions(weights)
-        chosen = [i for i, limits in enumerate(prepared) if limits is not None and weights[i] != 0]
+        chosen: Sequence[int],
+    ) -> dict[int, _Range]:
         highest = dict.fromkeys(chosen, np.float32(-np.inf))
         positive = dict.fromkeys(chosen, 0)
-
-        kept: dict[int, list[Array]] = {i: [] for i in chosen} if can_be_held(info, len(chosen)) else {}
+        for start, stop in chunk_ranges(info):
+            deltas = _arrays(read(start, stop))
+            total = _total(deltas, weights)
+            for i in chosen:
+                found = _score(deltas[i], total, weights, i, prepared[i])
+                highest[i] = np.maximum(highest[i], found.max())
+                positive[i] += int(np.count_nonzero(found > 0))
 
         def scores(i: int, start: int, stop: int) -> Array:
-            if i in kept:
-                return kept[i][0][start:stop]
-            deltas = [delta.cpu().numpy() for delta in read(start, stop)]
+            deltas = _arrays(read(start, stop))
             return _score(deltas[i], _total(deltas, weights), weights, i, prepared[i])
 
-        with _quiet():
-            for start, stop in chunk_ranges(info):
-                deltas = [delta.cpu().numpy() for delta in read(start, stop)]
-                total = _total(deltas, weights)
-                for i in chosen:
-                    found = _score(deltas[i], total, weights, i, prepared[i])
-                    highest[i] = np.maximum(highest[i], found.max())
-                    positive[i] += int(np.count_nonzero(found > 0))
-                    if i in kept:
-                        kept[i].append(found)
-            kept = {i: [np.concatenate(pieces)] for i, pieces in kept.items()}
-            lowest = {i: _threshold(partial(scores, i), info, self.density, positive[i]) for i in chosen}
-        return [_Range(lowest[i], highest[i]) if i in lowest else None for i in range(len(weights))]
+        lowest = {i: _threshold(partial(scores, i), info, self.density, positive[i]) for i in chosen}
+        return {i: _Range(lowest[i], highest[i]) for i in chosen}
 
     def combine(
         self, deltas: Sequence[Tensor], weights: Sequence[float], prepared: Sequence[Any], place: Place
     ) -> Tensor:
         weights = _proportions(weights)
-        exact = [delta.cpu().numpy() for delta in deltas]
-        narrow = [delta.astype(np.float32, copy=False) for delta in exact]  # as when the ranges were found
+        exact = _arrays(deltas)
+        narrow = [delta.astype(np.float32, copy=False) for delta in exact]  # as when scores were compared
         with _quiet():
-            total = _total(narrow, weights)
-            merged = exact[0] * 0
-            for delta in exact:
-                merged += delta * 0  # NaN where a value is infinite, which clipping must not hide
+            merged = zeros_if_finite(deltas).cpu().numpy()  # clipping would hide infinite values
             divisor = np.zeros_like(merged)
+            total: Array | None = None
             for i, counted in enumerate(place.joint):
-                if counted is not None:
-                    share = _shares(_score(narrow[i], total, weights, i, prepared[i]), counted)
-                    clipped = np.sign(exact[i]) * prepared[i].clip(np.abs(exact[i]))
-                    merged += clipped * share * weights[i]
-                    divisor += share * abs(weights[i])
-            merged /= np.maximum(divisor, 1e-12)
+                if isinstance(counted, _Winners):
+                    winners, share = counted.between(place.start, place.stop)
+                elif counted is not None:
+                    total = _total(narrow, weights) if total is None else total
+                    winners, share = _winners(_score(narrow[i], total, weights, i, prepared[i]), counted)
+                else:
+                    continue
+                own = exact[i].take(winners)
+                clipped = np.sign(own) * prepared[i].clip(np.abs(own))
+                merged[winners] += clipped * share * weights[i]
+                divisor[winners] += share * abs(weights[i])
+            merged /= np.maximum(divisor, divisor.dtype.type(1e-12), out=divisor)
         return torch.from_numpy(merged).to(deltas[0].device)
 
 
@@ -145,10 +191,14 @@ def _proportions(weights: Sequence[float]) -> list[float]:
     return [weight * len(sizes) / sum(sizes) if sizes else 0.0 for weight in weights]
 
 
+def _arrays(deltas: Sequence[Tensor]) -> list[Array]:
+    return [delta.cpu().numpy() for delta in deltas]
+
+
 def _total(deltas: Sequence[Array], weights: Sequence[float]) -> Array:
-    total = np.zeros_like(deltas[0])
-    for delta, weight in zip(deltas, weights, strict=True):
-        total += delta * weight
+    total = deltas[0] * weights[0]
+    for delta, weight in zip(deltas[1:], weights[1:], strict=True):
+        total += delta if weight == 1 else delta * weight
     return total
 
 
@@ -157,9 +207,12 @@ def _score(delta: Array, total: Array, weights: Sequence[float], i: int, limits:
 
     In numpy, whose functions give an element the same value wherever in an array it stands.
     """
-    count = float(sum(weight != 0 for weight in weights))
-    size = limits.share(np.abs(delta)) if limits.low < limits.high else np.zeros_like(delta)
-    score: Array = np.exp(count * np.square(size)) * np.tanh(delta * weights[i] * total)
+    score: Array = limits.share(np.abs(delta)) if limits.low < limits.high else np.zeros_like(delta)
+    np.square(score, out=score)
+    score *= float(sum(weight != 0 for weight in weights))
+    np.exp(score, out=score)
+    agreement = (delta if weights[i] == 1 else delta * weights[i]) * total
+    score *= np.tanh(agreement, out=agreement)
     return score
 
 
@@ -180,7 +233,10 @@ def _threshold(
     return -np.float32(top_k(below_zero, info, info.numel - count + 1).value)
 
 
-def _shares(scores: Array, limits: _Range) -> Array:
+def _winners(scores: Array, limits: _Range) -> tuple[NDArray[np.int64], Array]:
+    """Where scores count, and how much."""
     if limits.low == limits.high:  # a single highest score, or all are equal: those that are positive win
-        return ((scores >= limits.high) & (scores > 0)).astype(np.float32)
-    return limits.share(scores)
+        index = np.flatnonzero((scores >= limits.high) & (scores > 0))
+        return index, np.ones(len(index), np.float32)
+    index = np.flatnonzero(scores > limits.low)
+    return index, limits.share(scores.take(index))

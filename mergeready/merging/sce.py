@@ -4,13 +4,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mergeready.experts.sums import squared_norm
-from mergeready.merging.method import ElementwiseMethod, Place, weighted_sum
+from mergeready.merging.largest import largest
+from mergeready.merging.method import ElementwiseMethod, Place, weighted_sum, zeros_if_finite
 from mergeready.merging.registry import register, require_fraction
-from mergeready.merging.selection import Read, TopK, can_be_held, kept_count, selection_bytes, top_k
+from mergeready.merging.selection import TopK, kept_count, selection_bytes, top_k
 from mergeready.weights.source import TensorInfo, chunk_ranges
 
 Reader = Callable[[int, int], list[Tensor]]
@@ -18,11 +20,10 @@ Reader = Callable[[int, int], list[Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """The entries that count, None for all of them, how much each expert counts there, and variances that were kept."""
+    """The entries that count, None for all of them, and how much each expert counts there."""
 
-    chosen: TopK | None
+    chosen: TopK | Tensor | None
     importance: list[float]
-    variance: Tensor | None
 
 
 @register
@@ -54,40 +55,51 @@ class Sce(ElementwiseMethod):
     def prepare_jointly(
         self, read: Reader, info: TensorInfo, weights: Sequence[float], prepared: Sequence[Any]
     ) -> _Found:
-        chosen, kept = None, None
-        if self.density < 1 and sum(weight != 0 for weight in weights) > 1:
-            if can_be_held(info):
-                kept = torch.cat([_variance(read(a, b), weights) for a, b in chunk_ranges(info)])
-            chosen = self._chosen(lambda a, b: _at(kept, read, weights, a, b), info)
+        chosen = self._chosen(read, info, weights)
         lengths = [0.0] * len(weights)
         for start, stop in chunk_ranges(info):
-            deltas = read(start, stop)
-            _select(deltas, weights, chosen, start, kept)
+            deltas, _ = _selected(read(start, stop), weights, chosen, start)
             lengths = [found + squared_norm(delta) for found, delta in zip(lengths, deltas, strict=True)]
         importance = [abs(weight) * found for weight, found in zip(weights, lengths, strict=True)]
-        return _Found(chosen, importance, kept)
+        return _Found(chosen, importance)
 
-    def _chosen(self, variance: Read, info: TensorInfo) -> TopK:
-        differing = sum(int(torch.count_nonzero(variance(a, b))) for a, b in chunk_ranges(info))
+    def _chosen(self, read: Reader, info: TensorInfo, weights: Sequence[float]) -> TopK | Tensor | None:
+        """The entries that are kept: their positions where variances fit into memory, else what tells them."""
+        if self.density == 1 or sum(weight != 0 for weight in weights) < 2:
+            return None
+        if self.holds(info, len(weights)):
+            variance = (
+                torch.cat([_variance(read(a, b), weights) for a, b in chunk_ranges(info)]).cpu().numpy()
+            )
+            differing = int(np.count_nonzero(variance))
+            kept = (
+                largest(variance, kept_count(self.density, differing)) if differing else np.empty(0, np.int64)
+            )
+            return torch.from_numpy(kept)
+        differing = sum(
+            int(torch.count_nonzero(_variance(read(a, b), weights))) for a, b in chunk_ranges(info)
+        )
         if not differing:
             return TopK(float("inf"), -1)
-        return top_k(variance, info, kept_count(self.density, differing))
+        return top_k(lambda a, b: _variance(read(a, b), weights), info, kept_count(self.density, differing))
 
     def combine(
         self, deltas: Sequence[Tensor], weights: Sequence[float], prepared: Sequence[Any], place: Place
     ) -> Tensor:
         found: _Found = place.joint
-        _select(deltas, weights, found.chosen, place.start, found.variance)
-        elected = weighted_sum([delta.clone() for delta in deltas], weights).sign_()
+        merged = zeros_if_finite(deltas)
+        parts, index = _selected(deltas, weights, found.chosen, place.start)
+        elected = weighted_sum([part.clone() for part in parts], weights).sign_()
         total, divisor = torch.zeros_like(elected), torch.zeros_like(elected)
         whole = sum(found.importance)
-        for delta, weight, importance in zip(deltas, weights, found.importance, strict=True):
+        for part, weight, importance in zip(parts, weights, found.importance, strict=True):
             share = importance / whole if whole else 0.0
-            delta.mul_(-1.0 if weight < 0 else 1.0)
-            agreeing = delta.mul(elected).relu_().sign_()
-            total.add_(delta.mul_(agreeing).mul_(share))
+            signed = part * (-1.0 if weight < 0 else 1.0)
+            agreeing = signed.mul(elected).relu_().sign_()
+            total.add_(signed.mul_(agreeing).mul_(share))
             divisor.add_(agreeing, alpha=share)
-        return total.div_(divisor.clamp_(min=torch.finfo(torch.float32).tiny))
+        total.div_(divisor.clamp_(min=torch.finfo(torch.float32).tiny))
+        return merged.add_(total) if index is None else merged.index_add_(0, index, total)
 
 
 def _variance(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -103,22 +115,15 @@ def _variance(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return variance
 
 
-def _at(kept: Tensor | None, read: Reader, weights: Sequence[float], start: int, stop: int) -> Tensor:
-    return _variance(read(start, stop), weights) if kept is None else kept[start:stop]
-
-
-def _select(
-    deltas: Sequence[Tensor],
-    weights: Sequence[float],
-    chosen: TopK | None,
-    start: int,
-    variance: Tensor | None,
-) -> None:
-    """Make all entries that were not chosen zero, in place."""
+def _selected(
+    deltas: Sequence[Tensor], weights: Sequence[float], chosen: TopK | Tensor | None, start: int
+) -> tuple[Sequence[Tensor], Tensor | None]:
+    """The chosen entries of a chunk, and where they are in it; None for everywhere."""
     if chosen is None:
-        return
-    stop = start + len(deltas[0])
-    here = _variance(deltas, weights) if variance is None else variance[start:stop]
-    mask = chosen.mask(here, start).view(torch.uint8)
-    for delta in deltas:
-        delta.mul_(mask.to(delta))
+        return deltas, None
+    if isinstance(chosen, TopK):
+        index = chosen.mask(_variance(deltas, weights), start).nonzero().flatten()
+    else:
+        first, last = torch.searchsorted(chosen, torch.tensor([start, start + len(deltas[0])])).tolist()
+        index = (chosen[first:last] - start).to(deltas[0].device)
+    return [delta.index_select(0, index) for delta in deltas], index

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mergeready.errors import OptionError
 from mergeready.merging import make_method
+from mergeready.merging.parameter import merged_delta
 from mergeready.merging.random_mask import random_numbers
 from mergeready.weights.source import CHUNK_ELEMENTS
 from tests.merging.formulas import (
@@ -24,6 +25,7 @@ from tests.merging.formulas import (
     relative_error,
     several_chunks,
     sum_of,
+    vectors,
     weights,
 )
 
@@ -155,3 +157,35 @@ def test_experts_have_their_own_masks_also_when_another_lacks_the_parameter() ->
     second = merged(make_method("della_linear"), [torch.zeros(30, 40), delta], [1.0, 1.0])
     assert torch.equal(merged(make_method("della_linear"), [None, delta], [1.0, 1.0]), second)
     assert not torch.equal(merged(make_method("della_linear"), [delta, None], [1.0, 1.0]), second)
+
+
+@pytest.mark.parametrize("name", ["della", "della_linear"])
+def test_what_is_remembered_of_peers_changes_nothing(name: str) -> None:
+    deltas, method = several_chunks(3), make_method(name)
+    expected = merged(method, deltas, [1.0, 0.5, 2.0])
+    made = vectors(deltas)
+    info = made[0].infos[NAME]
+    for vector in made[1:]:
+        vector.memory = {}
+    for _ in range(2):
+        found = merged_delta(method, NAME, info, made, [1.0, 0.5, 2.0])
+        assert found is not None
+        assert torch.equal(found, expected)
+    rows = next(value for value in made[1].memory.values() if hasattr(value, "known"))
+    assert sum(kept.nbytes for kept in rows.known.values()) == 2 * info.numel
+    changed = merged_delta(method, NAME, info, [vectors([-2 * deltas[0]])[0], *made[1:]], [1.0, 0.5, 2.0])
+    assert changed is not None
+    assert torch.equal(changed, merged(method, [-2 * deltas[0], *deltas[1:]], [1.0, 0.5, 2.0]))
+
+
+def test_memory_of_masks_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    deltas = several_chunks(2)
+    made = vectors(deltas)
+    info = made[0].infos[NAME]
+    made[1].memory = {}
+    monkeypatch.setattr("mergeready.merging.della._MOST_REMEMBERED", info.numel - 1)
+    found = merged_delta(make_method("della"), NAME, info, made, [1.0, 1.0])
+    assert found is not None
+    assert torch.equal(found, merged(make_method("della"), deltas, [1.0, 1.0]))
+    rows = next(value for value in made[1].memory.values() if hasattr(value, "known"))
+    assert rows.known is None
