@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from mergeready.recipes.recipe import Recipe
 
 
@@ -26,6 +28,7 @@ def training_arguments(recipe: Recipe) -> dict[str, Any]:
         "bf16": wanted.precision == "bfloat16",
         "fp16": wanted.precision == "float16",
         "use_cpu": wanted.device == "cpu",
+        "dataloader_pin_memory": wanted.device != "cpu" and torch.accelerator.is_available(),
         "save_strategy": "steps",
         "save_steps": wanted.save_every or 0.1,  # below one, a share of the run
         "save_total_limit": 1,

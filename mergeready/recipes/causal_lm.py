@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -31,7 +31,8 @@ def prepare_causal_lm(recipe: Recipe, task: CausalLM) -> Prepared:
             "language models are trained by TRL; run: pip install 'mergeready[trl,lora]'"
         ) from error
     raw = load_data(recipe.data, recipe.optimisation.seed)
-    _require_texts(raw["train"], task)
+    columns = _learned_from(raw.values(), task)
+    given = {split: data.select_columns(columns) for split, data in raw.items()}
     found = find_model(recipe)
     tokenizer = load_tokenizer(recipe, found)
     model = with_trained(recipe, load_model(recipe, found, AutoModelForCausalLM))
@@ -43,11 +44,11 @@ def prepare_causal_lm(recipe: Recipe, task: CausalLM) -> Prepared:
         dataset_text_field=task.text,
         eval_packing=False,
     )
-    held = {split: data for split, data in raw.items() if split != "train"}
+    held = {split: data for split, data in given.items() if split != "train"}
     trainer = trl.SFTTrainer(
         model,
         args=arguments,
-        train_dataset=raw["train"],
+        train_dataset=given["train"],
         eval_dataset=held,
         processing_class=tokenizer,
         peft_config=None if task.lora is None else lora_config(task.lora, "CAUSAL_LM"),
@@ -68,12 +69,17 @@ def prepare_causal_lm(recipe: Recipe, task: CausalLM) -> Prepared:
 
 
 _TOKENS = ("input_ids", "completion_mask", "assistant_masks")
+_FOR_TEMPLATES = ("tools", "chat_template_kwargs")
 
 
-def _require_texts(data: Dataset, task: CausalLM) -> None:
-    columns = set(data.column_names)
-    if not ({task.text} <= columns or {"prompt", "completion"} <= columns or {"messages"} <= columns):
-        raise OptionError(
-            f"`data` has the columns {listing(data.column_names)}; a language model learns from "
-            f"`{task.text}` (`task.text`), from `prompt` and `completion`, or from `messages`."
-        )
+def _learned_from(splits: Iterable[Dataset], task: CausalLM) -> list[str]:
+    """The columns that TRL shall see: it guesses the kind of data from what is there, and one too many misleads it."""
+    every = set.intersection(*(set(data.column_names) for data in splits))
+    kinds: tuple[tuple[str, ...], ...] = (("prompt", "completion"), ("messages",), (task.text,))
+    for kind in kinds:
+        if every.issuperset(kind):
+            return [*kind, *(name for name in _FOR_TEMPLATES if name in every)]
+    raise OptionError(
+        f"`data` has the columns {listing(sorted(every))} in all splits; a language model learns from `prompt` and "
+        f"`completion`, else from `messages`, else from `{task.text}` (`task.text`)."
+    )

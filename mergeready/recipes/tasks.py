@@ -75,7 +75,7 @@ class ImageClassification(BaseModel):
 class CausalLM(BaseModel):
     """Supervised fine-tuning of a language model, by TRL's ``SFTTrainer``.
 
-    The dataset has a column ``text``, or ``prompt`` and ``completion``, or ``messages``.
+    The dataset has columns ``prompt`` and ``completion``, else ``messages``, else ``text``; others are left out.
     """
 
     model_config = STRICT
