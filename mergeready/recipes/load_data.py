@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
-from datasets.exceptions import DatasetsError
+from datasets import Dataset, load_dataset
 
 from mergeready.errors import OptionError, listing
 from mergeready.recipes.sources import DataSettings, Split
 from mergeready.targets import call_target, is_target
+from mergeready.transformers.splits import UNREADABLE, by_split, read_splits
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
-_UNREADABLE = (OSError, ValueError, DatasetsError)
 _READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -47,26 +46,16 @@ def _load(settings: DataSettings) -> Mapping[str, Dataset]:
         return _from_files(settings.files)
     name = cast("str", settings.name)
     if is_target(name):
-        return _by_split(call_target(name, "data", settings.arguments), name)
+        return by_split(call_target(name, "data", settings.arguments), f"`data`: {name}")
     path = Path(name)
     if path.suffix in _READERS and not path.is_dir():
         return _from_files({"train": name})
-    stored = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
-    try:
-        found = (
-            load_from_disk(name)
-            if stored
-            else load_dataset(name, settings.subset, revision=settings.revision)
-        )
-    except _UNREADABLE as error:
-        place = "a folder that" if path.is_dir() else "no folder or file here, and as a hub id it"
-        raise OptionError(f"`data` names {name}, which is {place} cannot be loaded: {error}") from error
-    return _by_split(found, name)
+    return read_splits(name, "`data`", subset=settings.subset, revision=settings.revision)
 
 
 def _from_files(files: Mapping[Split, str | list[str]]) -> Mapping[str, Dataset]:
-    by_split = {split: [paths] if isinstance(paths, str) else paths for split, paths in files.items()}
-    every = [Path(path) for paths in by_split.values() for path in paths]
+    named = {split: [paths] if isinstance(paths, str) else paths for split, paths in files.items()}
+    every = [Path(path) for paths in named.values() for path in paths]
     absent = [str(path) for path in every if not path.is_file()]
     if absent:
         raise OptionError(f"`data.files` names what is not there: {listing(absent)}.")
@@ -78,19 +67,10 @@ def _from_files(files: Mapping[Split, str | list[str]]) -> Mapping[str, Dataset]
         )
     options = {"delimiter": "\t"} if tabs else {}
     try:
-        found = load_dataset(reader, data_files=by_split, **options)
-    except _UNREADABLE as error:
+        found = load_dataset(reader, data_files=named, **options)
+    except UNREADABLE as error:
         raise OptionError(f"{listing(map(str, every))} cannot be read as {reader}: {error}") from error
-    return _by_split(found, "the files")
-
-
-def _by_split(found: Any, name: str) -> Mapping[str, Dataset]:
-    if isinstance(found, Dataset):
-        return {"train": found}
-    if isinstance(found, DatasetDict | Mapping) and all(isinstance(part, Dataset) for part in found.values()):
-        return dict(found)
-    kind = "a streamed dataset" if isinstance(found, IterableDataset) else f"a {type(found).__name__}"
-    raise OptionError(f"`data`: {name} gave {kind} instead of a dataset or datasets by split.")
+    return by_split(found, "`data.files`")
 
 
 def require_columns(splits: Mapping[Split, Dataset], columns: list[str], key: str) -> None:

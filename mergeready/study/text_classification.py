@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,7 +52,7 @@ def suite(
 
     Raises:
         FormatError: If a dataset lacks a column, or has a single class.
-        OptionError: If no dataset was given.
+        OptionError: If no dataset was given, or one cannot be loaded.
     """
     if not datasets:
         raise OptionError("`datasets` is empty: name at least two, as {task: folder or hub id}.")
@@ -93,14 +92,9 @@ def _encoder(model: str) -> nn.Module:
 
 
 def _splits(name: str, place: str, seed: int) -> dict[str, Any]:
-    import datasets as library
+    from mergeready.transformers.splits import read_splits
 
-    saved = Path(place, "dataset_dict.json").is_file() or Path(place, "dataset_info.json").is_file()
-    try:
-        found: Any = library.load_from_disk(place) if saved else library.load_dataset(place)
-    except (OSError, ValueError) as error:
-        raise FormatError(f"the dataset {name} ({place}) cannot be loaded: {error}") from error
-    splits = dict(found) if isinstance(found, Mapping) else {"train": found}
+    splits = read_splits(place, f"`datasets.{name}`")
     if "train" not in splits:
         raise FormatError(f"the dataset {name} ({place}) has no split `train`, only {listing(splits)}.")
     for split in ("test", "validation"):

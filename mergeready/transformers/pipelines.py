@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import ClassLabel, Dataset, load_dataset, load_from_disk
-from datasets.exceptions import DatasetsError
+from datasets import ClassLabel, Dataset
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, pipeline
 
 from mergeready.errors import OptionError, listing
 from mergeready.transformers.folders import load_tokenizer, model_folder
+from mergeready.transformers.splits import read_splits
 from mergeready.validation.evaluation import Evaluation
 
 TEXT, LABEL = "text", "label"
@@ -80,16 +80,11 @@ def _classifier(folder: Path) -> Any:
 def _held_out(folder: Path) -> Dataset:
     if not folder.is_dir():
         raise OptionError(f"{folder} is no folder. Name one that holds held-out examples.")
-    stored = any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
-    try:
-        found = load_from_disk(str(folder)) if stored else load_dataset(str(folder))
-    except (OSError, ValueError, DatasetsError) as error:
-        raise OptionError(f"{folder} cannot be read by datasets: {error}") from error
-    if isinstance(found, Mapping):
-        names = [*(name for name in _HELD_OUT if name in found), *(found if len(found) == 1 else ())]
-        if not names:
-            raise OptionError(f"{folder} has neither of {listing(_HELD_OUT)}, but {listing(found)}.")
-        found = found[names[0]]
+    splits = read_splits(str(folder), "the evaluation")
+    names = [*(name for name in _HELD_OUT if name in splits), *(splits if len(splits) == 1 else ())]
+    if not names:
+        raise OptionError(f"{folder} has neither of {listing(_HELD_OUT)}, but {listing(splits)}.")
+    found = splits[names[0]]
     missing = [name for name in (TEXT, LABEL) if name not in found.column_names]
     if missing or not len(found):
         lacks = (

@@ -55,5 +55,5 @@ def test_a_column_beside_messages_does_not_mislead(tmp_path: Path) -> None:
 
 def test_columns_that_hold_nothing_to_learn_are_named(tmp_path: Path) -> None:
     data = DatasetDict(train=rows(4), validation=rows(2).remove_columns("messages"))
-    with pytest.raises(OptionError, match="columns prompt in all splits; .* else from `messages`"):
+    with pytest.raises(OptionError, match=r"columns prompt in all splits; .* else from `messages`"):
         prepare(recipe(tmp_path, data))
