@@ -31,9 +31,11 @@ def test_equals_a_stable_sort(numbers: list[float], columns: int) -> None:
     assert torch.equal(row_order(values), sorted_order(values))
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 2), (40, 896), (3, 5000), (1, 300_000)])
 @pytest.mark.parametrize(
-    "kind", ["normal", "rounded", "bf16", "wide", "narrow", "tiny", "sparse", "constant"]
+    "shape", [(1, 1), (3, 2), (40, 896), (9, 1025), (7, 1281), (5, 2048), (3, 5000), (1, 300_000)]
+)
+@pytest.mark.parametrize(
+    "kind", ["normal", "rounded", "bf16", "wide", "narrow", "tiny", "sparse", "constant", "few fine"]
 )
 def test_equals_a_stable_sort_at_real_sizes(shape: tuple[int, int], kind: str) -> None:
     generator = torch.Generator().manual_seed(1)
@@ -51,9 +53,18 @@ def test_equals_a_stable_sort_at_real_sizes(shape: tuple[int, int], kind: str) -
         values = values * 1e-41
     elif kind == "sparse":
         values = values * (torch.rand(shape, generator=generator) < 0.1)
+    elif kind == "few fine":  # some that only their last bits tell apart, among many that have none
+        values = (values * 20).round()
+        fine = torch.rand(shape, generator=generator) < 0.02
+        values[fine] *= 1 + 2.0**-22 * torch.randint(1, 4, shape, generator=generator)[fine]
     elif kind == "constant":
         values = torch.full(shape, -0.3)
     assert torch.equal(row_order(values), sorted_order(values))
+
+
+def test_no_rows_or_no_columns() -> None:
+    assert row_order(torch.empty(0, 3)).shape == (0, 3)
+    assert row_order(torch.empty(3, 0)).shape == (3, 0)
 
 
 def test_nan_comes_last() -> None:
