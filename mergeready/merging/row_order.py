@@ -152,7 +152,8 @@ def _unsure(ordered: Tensor, width: int) -> Positions:
     last = np.int32(1 << width)
     equal = ordered[:, 1:] ^ ordered[:, :-1]
     places = _places((equal.bitwise_right_shift_(width) == 0).numpy())
-    return places[ordered.reshape(-1).numpy()[places] & last != 0]
+    cut: NDArray[np.bool_] = ordered.reshape(-1).numpy()[places] & last != 0
+    return places[cut]
 
 
 def _count_or_sort(bits: NDArray[np.uint32], width: int) -> tuple[NDArray[np.int64], Positions]:
@@ -186,7 +187,8 @@ def _sort(keys: NDArray[np.uint32], width: int) -> tuple[NDArray[np.int64], Posi
 def _places(unsure: NDArray[np.bool_]) -> Positions:
     """Places in rows, where ``unsure`` tells it of all but the first column."""
     places = np.flatnonzero(unsure)
-    return places + places // unsure.shape[1] + 1
+    places += places // unsure.shape[1] + 1
+    return places
 
 
 def _keys(bits: NDArray[np.uint32], size: int) -> NDArray[np.uint32]:

@@ -160,17 +160,28 @@ def _top_k(value: int, last_index: int) -> TopK:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Of elements ``start`` to ``stop``: how many lie between the brackets, and their values unless all are one."""
+    """Of elements ``start`` to ``stop``: how many equal each bracket, and the values between the two."""
 
     start: int
     stop: int
-    count: int
-    values: Bits
+    at_high: int
+    at_low: int
+    between: Bits
+
+    def count(self, value: int, low: int, high: int) -> int:
+        """How many equal a value."""
+        if value in (low, high):
+            return self.at_high if value == high else self.at_low
+        return int(np.count_nonzero(self.between == value))
 
 
 @dataclass
 class _Bracket:
-    """Counts entries above ``high`` and keeps those between ``low`` and ``high``; only counts them if both are one."""
+    """Counts entries above and at ``high`` and at ``low``, and keeps those between.
+
+    Differences of 16-bit weights take few values, each of them many times, and brackets are values: most of
+    what does not lie outside is at one of them, and counting is much cheaper than keeping.
+    """
 
     low: int
     high: int
@@ -192,25 +203,34 @@ class _Bracket:
         return cls(int(ordered[last]) if last < size else 0, high)
 
     def add(self, start: int, bits: Bits) -> None:
-        self.above += int(np.count_nonzero(bits > self.high))
-        inside = bits >= self.low
-        inside &= bits <= self.high
-        count = int(np.count_nonzero(inside))
-        self.kept += count
-        keep = count > 0 and self.low < self.high and self.kept <= _MOST
-        values = bits.take(np.flatnonzero(inside)) if keep else bits[:0].copy()
-        self.pieces.append(_Piece(start, start + len(bits), count, values))
+        above, from_high = int(np.count_nonzero(bits > self.high)), bits >= self.high
+        inside = bits > self.low
+        at_high, above_low = int(np.count_nonzero(from_high)) - above, int(np.count_nonzero(inside))
+        at_low = int(np.count_nonzero(bits >= self.low)) - above_low if self.low < self.high else 0
+        inside &= ~from_high
+        self.above += above
+        self.kept += max(above_low - above - at_high, 0)
+        keep = self.low < self.high and self.kept <= _MOST
+        between = bits.take(np.flatnonzero(inside)) if keep else bits[:0].copy()
+        self.pieces.append(_Piece(start, start + len(bits), at_high, at_low, between))
 
     def find(self, read: Read, count: int) -> TopK | None:
         """The ``count`` largest entries; None where the border lies outside, or too much lies inside."""
         needed = count - self.above
-        if not 0 < needed <= self.kept or (self.low < self.high and self.kept > _MOST):
+        at_high, at_low = (
+            sum(piece.at_high for piece in self.pieces),
+            sum(piece.at_low for piece in self.pieces),
+        )
+        if not 0 < needed <= at_high + self.kept + at_low or self.kept > _MOST:
             return None
-        value = self.low
-        if self.low < self.high:
-            value, needed = _kth(lambda: (piece.values for piece in self.pieces), self.low, self.high, needed)
+        value = self.high
+        if needed > at_high + self.kept:
+            value, needed = self.low, needed - at_high - self.kept
+        elif needed > at_high:
+            between = [piece.between for piece in self.pieces]
+            value, needed = _kth(lambda: between, self.low, self.high, needed - at_high)
         for piece in self.pieces:
-            equal = piece.count if self.low == self.high else int(np.count_nonzero(piece.values == value))
+            equal = piece.count(value, self.low, self.high)
             if needed <= equal:
                 return _top_k(value, _place(_bits(read(piece.start, piece.stop)), piece.start, value, needed))
             needed -= equal
