@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mergeready.metrics.subspaces import SubspaceComparison, compare_subspaces
     from mergeready.training.activations import input_grams
     from mergeready.training.adamerging import AdaMerging, adamerging
+    from mergeready.training.confidence import Confidence, confidence
     from mergeready.training.curvature import fisher_information
     from mergeready.training.difficulty.cross_fit import cross_fitted_difficulty
     from mergeready.training.difficulty.ids import collate_with_ids, with_example_ids
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from mergeready.training.schedule import Schedule
     from mergeready.training.similarity import LinearCka, representation_similarity
     from mergeready.training.surrogates import Surrogates
+    from mergeready.training.techniques.distilled_finish import DistilledFinish
     from mergeready.training.techniques.drift_penalty import DriftPenalty
     from mergeready.training.techniques.jacobian_penalty import JacobianPenalty
     from mergeready.training.techniques.kronecker_penalty import KroneckerPenalty
@@ -93,6 +95,7 @@ _PLACES = {
     "mergeready.metrics.subspaces": ["SubspaceComparison", "compare_subspaces"],
     "mergeready.training.activations": ["input_grams"],
     "mergeready.training.adamerging": ["AdaMerging", "adamerging"],
+    "mergeready.training.confidence": ["Confidence", "confidence"],
     "mergeready.training.curvature": ["fisher_information"],
     "mergeready.training.difficulty.cross_fit": ["cross_fitted_difficulty"],
     "mergeready.training.difficulty.ids": ["collate_with_ids", "with_example_ids"],
@@ -133,6 +136,7 @@ _PLACES = {
     "mergeready.training.schedule": ["Schedule"],
     "mergeready.training.similarity": ["LinearCka", "representation_similarity"],
     "mergeready.training.surrogates": ["Surrogates"],
+    "mergeready.training.techniques.distilled_finish": ["DistilledFinish"],
     "mergeready.training.techniques.drift_penalty": ["DriftPenalty"],
     "mergeready.training.techniques.jacobian_penalty": ["JacobianPenalty"],
     "mergeready.training.techniques.kronecker_penalty": ["KroneckerPenalty"],
@@ -158,11 +162,13 @@ __all__ = [
     "Base",
     "BaseIdentity",
     "Comparison",
+    "Confidence",
     "Decision",
     "Difficulty",
     "DifficultyTable",
     "DifficultyTracker",
     "Disentanglement",
+    "DistilledFinish",
     "DriftPenalty",
     "ExampleMeasures",
     "Expert",
@@ -210,6 +216,7 @@ __all__ = [
     "collate_with_ids",
     "compare",
     "compare_subspaces",
+    "confidence",
     "cross_fitted_difficulty",
     "disentanglement_error",
     "easy_and_hard",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -10,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from mergeready.errors import OptionError, UnsupportedError, listing
+from mergeready.errors import OptionError, UnsupportedError
 from mergeready.fabric import log_images
 from mergeready.training.history import History
 from mergeready.training.images import run_images
@@ -30,6 +32,9 @@ class MergeReadyCallback(Callback):  # type: ignore[misc]  # lightning is not ty
     Add it to a Lightning ``Trainer`` that you have already. Its scalars go to all loggers, and any of them can be
     what ``ModelCheckpoint`` and ``EarlyStopping`` monitor, for example ``mergeready/merged/ties``; validation then
     starts with a probe. Checkpoints carry the history, and a resumed run continues it.
+
+    A technique that looks at a step's gradient first has the step's batches run again through ``training_step`` and
+    backward: events around backward come twice then, and what the second pass logs is dropped.
 
     Args:
         model: Attribute of the LightningModule that holds the model, as the base names its parameters. By default its
@@ -63,6 +68,7 @@ class MergeReadyCallback(Callback):  # type: ignore[misc]  # lightning is not ty
         self.monitor = Monitor(**self._options)
         self._state: dict[str, Any] = {}
         self._step: int | None = None  # the last optimizer step seen; None outside training
+        self._again = False  # whether a batch is being run for the second time
 
     @property
     def history(self) -> History:
@@ -80,7 +86,7 @@ class MergeReadyCallback(Callback):  # type: ignore[misc]  # lightning is not ty
             self._state = self.monitor.state_dict() | {"tensors": self.monitor.tensors()}
         context = trainer.precision_plugin.forward_context
         self.monitor = Monitor(**evaluating_inside(self._options, context))
-        _require_one_pass(self.monitor.techniques, pl_module)
+        _require_events(self.monitor.techniques, pl_module)
         if trainer.global_step and self._state:
             self.monitor.load_state_dict(self._state, self._state.get("tensors"))
         total = trainer.estimated_stepping_batches
@@ -95,18 +101,33 @@ class MergeReadyCallback(Callback):  # type: ignore[misc]  # lightning is not ty
         self._step = trainer.global_step
         self._publish(trainer, self.monitor.last_scalars())
 
-    def on_train_batch_start(self, *_: Any) -> None:
-        self.monitor.techniques.enter()
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.monitor.techniques.enter(lambda: self._run_again(trainer, pl_module, batch, batch_idx))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        techniques = self.monitor.techniques
-        techniques.leave()
-        if techniques and not trainer.fit_loop._should_accumulate():
+        if self.monitor.techniques and not self._again:
             scaler = getattr(trainer.precision_plugin, "scaler", None)
-            techniques.gradients_ready(1.0 if scaler is None else float(scaler.get_scale()))
+            self.monitor.techniques.leave(
+                last=not trainer.fit_loop._should_accumulate(),
+                factor=lambda: 1.0 if scaler is None else float(scaler.get_scale()),
+            )
+
+    def _run_again(self, trainer: Trainer, module: LightningModule, batch: Any, index: int) -> None:
+        arguments = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, index)
+        self._again = True
+        try:
+            with _silent(module):
+                output = trainer.strategy.training_step(*arguments.values())
+                loss = output["loss"] if isinstance(output, Mapping) else output
+                if loss is not None:
+                    trainer.strategy.backward(loss / trainer.accumulate_grad_batches, None)
+        finally:
+            self._again = False
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.monitor.techniques.leave()
+        self.monitor.techniques.abandon()
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if trainer.global_step != self._step:  # not a micro-batch of gradient accumulation
@@ -150,16 +171,21 @@ class MergeReadyCallback(Callback):  # type: ignore[misc]  # lightning is not ty
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scalars.items()})
 
 
-def _require_one_pass(techniques: TechniqueSet, module: LightningModule) -> None:
+@contextmanager
+def _silent(module: LightningModule) -> Iterator[None]:
+    """Inside, what a module logs is dropped: the step has logged it already."""
+    module.log = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        del module.log
+
+
+def _require_events(techniques: TechniqueSet, module: LightningModule) -> None:
     if techniques and not module.automatic_optimization:
         raise UnsupportedError(
             "techniques need Lightning's automatic optimization: with manual optimization there are no events around "
             "backward. Use MergeReadyLoop of mergeready.fabric, or leave `techniques` out."
-        )
-    if techniques.needs_two_passes:
-        raise UnsupportedError(
-            f"{listing(t.name for t in techniques.techniques if t.two_passes)} needs two passes over each batch, which "
-            "Lightning's Trainer does not offer. Use MergeReadyLoop of mergeready.fabric."
         )
 
 

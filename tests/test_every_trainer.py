@@ -145,6 +145,7 @@ def test_record_only_goes_on(world: Path, tmp_path: Path, name: str) -> None:
 
 TECHNIQUES = {
     "drift_penalty": [{"drift_penalty": {"strength": 0.05}}],
+    "sharpness_aware": [{"sharpness_aware": {"radius": 0.05, "every": 2}}],
     "several": [{"simulated_merge": {"every": 2}}, "weight_average", {"norm_governor": {"max_norm": 0.4}}],
 }
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 import mergeready.lightning
 from mergeready import DriftPenalty, SharpnessAware, SimulatedMerge, WeightAverage
-from mergeready.errors import OptionError, UnsupportedError
+from mergeready.errors import OptionError
 from mergeready.transformers import MergeReadyCallback
 from tests.loops import Lit, lightning_trainer, load, loader, make_world
 from tests.trainers import make_trainer, weights_of
@@ -40,7 +42,11 @@ def summed(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
     return cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
 
 
-@pytest.mark.parametrize("technique", [DriftPenalty(strength=0.5), SimulatedMerge(every=2, noise=0.01)])
+@pytest.mark.parametrize(
+    "technique",
+    [DriftPenalty(strength=0.5), SimulatedMerge(every=2, noise=0.01), SharpnessAware(radius=0.1)],
+    ids=lambda technique: technique.name,
+)
 def test_accumulated_steps_are_those_of_whole_batches(world: Path, tmp_path: Path, technique: Any) -> None:
     """Also where gradients are clipped, which happens after techniques have had their say."""
     found = []
@@ -126,13 +132,89 @@ def test_an_exception_in_forward_leaves_the_weights_as_they_were(world: Path, tm
         assert not all(torch.equal(broken.seen[key], after[key]) for key in after)
 
 
-def test_two_passes_are_refused_by_lightning(world: Path, tmp_path: Path) -> None:
+class Logs(Lit):
+    """Counts its passes and what it logs, with an optimizer like the Trainer's above."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(net)
+        self.passes = self.logged = 0
+
+    def log(self, *args: Any, **named: Any) -> None:
+        self.logged += 1
+        super().log(*args, **named)
+
+    def training_step(self, batch: dict[str, Any], index: int) -> Any:
+        self.passes += 1
+        loss = super().training_step(batch, index)
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.net.parameters(), lr=0.05)
+
+
+def fitted(world: Path, folder: Path, size: int, accumulated: int, **changes: Any) -> Logs:
+    lit = Logs(load(world))
     own = mergeready.lightning.MergeReadyCallback(
-        base=world / "base", picks=None, techniques=[SharpnessAware()]
+        base=world / "base", picks=None, techniques=[SharpnessAware(radius=0.1)]
     )
-    with pytest.raises(UnsupportedError, match="sharpness_aware needs two passes"):
-        lightning_trainer(tmp_path, own).fit(Lit(load(world)), loader())
-    assert not (tmp_path / "mergeready").exists()
+    trainer = lightning_trainer(
+        folder, own, accumulate_grad_batches=accumulated, max_steps=6, gradient_clip_val=0.5, **changes
+    )
+    trainer.fit(lit, loader(size))
+    return lit
+
+
+def test_lightning_runs_a_step_s_batches_twice_where_the_gradient_is_wanted_first(
+    world: Path, tmp_path: Path
+) -> None:
+    """And as the Trainer does it; what is logged in the second pass does not count."""
+    whole, parts = fitted(world, tmp_path / "1", 8, 1), fitted(world, tmp_path / "4", 2, 4)
+    assert (whole.passes, parts.passes) == (12, 48)
+    assert (whole.logged, parts.logged) == (6, 24)
+    model = load(world)
+    trainer = make_trainer(tmp_path, callback(world, SharpnessAware(radius=0.1)), model=model, **STEADY)
+    trainer.compute_loss_func = summed
+    trainer.train()
+    expected = weights_of(model)
+    for lit in (whole, parts):
+        found = weights_of(lit.net)
+        assert all(torch.allclose(found[key], value, atol=1e-5) for key, value in expected.items())
+
+
+def test_lightning_climbs_with_scaled_gradients_as_without(world: Path, tmp_path: Path) -> None:
+    precision = MixedPrecision("bf16-mixed", "cpu")
+    precision.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    precision.forward_context = nullcontext  # type: ignore[method-assign]
+    scaled = fitted(world, tmp_path / "1", 4, 2, plugins=[precision])
+    plain = fitted(world, tmp_path / "2", 4, 2)
+    found, expected = weights_of(scaled.net), weights_of(plain.net)
+    assert all(torch.allclose(found[key], value, atol=1e-5) for key, value in expected.items())
+
+
+@pytest.mark.parametrize("shell", ["transformers", "lightning"])
+def test_an_exception_in_the_second_pass_leaves_the_weights_as_they_were(
+    world: Path, tmp_path: Path, shell: str
+) -> None:
+    model = load(world)
+    broken, before = Broken(model), weights_of(model)
+    changes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    if shell == "transformers":
+        trainer = make_trainer(
+            tmp_path, callback(world, SharpnessAware(radius=0.1)), model=model, **(STEADY | changes)
+        )
+        run: Any = trainer.train
+    else:
+        own = mergeready.lightning.MergeReadyCallback(
+            base=world / "base", picks=None, techniques=[SharpnessAware(radius=0.1)]
+        )
+        fit = lightning_trainer(tmp_path, own, accumulate_grad_batches=2)
+        run = lambda: fit.fit(Lit(model), loader(4))  # noqa: E731
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run()
+    after = weights_of(model)
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert not all(torch.equal(broken.seen[key], value) for key, value in before.items())
 
 
 def test_an_average_does_not_overwrite_the_best_checkpoint(world: Path, tmp_path: Path) -> None:

@@ -248,8 +248,11 @@ class Monitor:
         self.watch.finish(self.folder)
         picked = self._store.selected(self.history) if self._store and self.history.probes else {}
         training, probing = self._train_seconds(), self._probing
+        figures = self.techniques.scalars()
         summary = self.ranks.on_first(
-            lambda: write_summary(self.folder, self.history, picked, self._measuring, probing, training)
+            lambda: write_summary(
+                self.folder, self.history, picked, self._measuring, probing, training, figures
+            )
         )
         if self._share is not None and self._store is not None and summary["picks"]:
             picks = {label: self._store.path(step) for label, step in summary["picks"].items()}

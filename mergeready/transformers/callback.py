@@ -187,11 +187,13 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         )
 
         def training_step(*args: Any, **kwargs: Any) -> Any:
-            loss = None
-            for _ in techniques.passes(
-                last=accelerator.sync_gradients, factor=lambda: loss_scale(accelerator)
-            ):
+            techniques.enter(lambda: own(*args, **kwargs))
+            try:
                 loss = own(*args, **kwargs)
+                techniques.leave(last=accelerator.sync_gradients, factor=lambda: loss_scale(accelerator))
+            except BaseException:
+                techniques.abandon()
+                raise
             return loss
 
         self._own_step = own
@@ -243,7 +245,7 @@ def _require_own_end(args: Any, techniques: TechniqueSet) -> None:
         names = listing(t.name for t in techniques.techniques if Touch.END in t.touches)
         raise OptionError(
             f"{names} sets the weights at the end of training, over the best checkpoint that `load_best_model_at_end` "
-            "loads. Leave one of them out; picks keep the best step of the average."
+            "loads. Leave one of them out; picks keep the best step."
         )
 
 

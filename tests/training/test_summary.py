@@ -13,7 +13,7 @@ def test_it_says_what_was_picked_why_it_stopped_and_where_time_went(tmp_path: Pa
     history = History([DecisionRecord(step=8, reason="plateau", acted=True)])
     measuring = Pacer(Schedule(every=1), 10, 0)
     measuring.took(2.5)
-    summary = write_summary(tmp_path / "run", history, {"expert": 4}, measuring, None, 100.0)
+    summary = write_summary(tmp_path / "run", history, {"expert": 4}, measuring, None, 100.0, {})
     assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary == {
         "picks": {"expert": 4},

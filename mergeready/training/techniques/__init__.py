@@ -1,6 +1,7 @@
 """Techniques: what changes training so that the expert merges better, one file each."""
 
 from mergeready.training.techniques import (
+    distilled_finish,
     drift_penalty,
     jacobian_penalty,
     kronecker_penalty,
@@ -17,6 +18,7 @@ from mergeready.training.techniques import (
 )
 
 __all__ = [
+    "distilled_finish",
     "drift_penalty",
     "jacobian_penalty",
     "kronecker_penalty",

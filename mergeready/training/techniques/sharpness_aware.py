@@ -36,13 +36,12 @@ class SharpnessAware(Technique):
         every: Steps from one such step to the next; others are plain.
 
     Example:
-        >>> SharpnessAware(radius=0.05).two_passes
+        >>> SharpnessAware(radius=0.05).touches == {Touch.FORWARD}
         True
     """
 
     name: ClassVar[str] = "sharpness_aware"
     touches: ClassVar[frozenset[Touch]] = frozenset({Touch.FORWARD})
-    two_passes: ClassVar[bool] = True
 
     radius: float = 0.05
     adaptive: bool = False

@@ -114,9 +114,6 @@ class Technique(ABC):
     touches: ClassVar[frozenset[Touch]]
     """What it changes."""
 
-    two_passes: ClassVar[bool] = False
-    """Whether its :meth:`Running.wants_gradient` may ever say yes."""
-
     @property
     def is_off(self) -> bool:
         """Whether the settings ask for nothing. Training is bit-identical then to training without the technique."""

@@ -23,9 +23,9 @@ from mergeready.weights.shards import reshard
 class TechniqueSet:
     """The techniques of one run, which a shell drives; empty, it does nothing at no cost.
 
-    Within each optimizer step: :meth:`passes` around forward and backward of each micro-batch (or :meth:`enter`,
-    :meth:`leave` and :meth:`gradients_ready` where a framework has events instead of a loop), then clipping, then the
-    optimizer's own step, whose hooks do the rest; :meth:`took_step` at its end.
+    Within each optimizer step: :meth:`passes` around forward and backward of each micro-batch (or :meth:`enter` and
+    :meth:`leave` where a framework has events instead of a loop), then clipping, then the optimizer's own step, whose
+    hooks do the rest; :meth:`took_step` at its end.
 
     Args:
         techniques: Techniques, names, or names with settings, in the order in which they act.
@@ -51,6 +51,7 @@ class TechniqueSet:
         self._hooks: StepHooks | None = None
         self._loaded: tuple[Mapping[str, Any], Mapping[str, Tensor]] | None = None
         self._inside: ExitStack | None = None
+        self._again: list[Callable[[], object]] = []
 
     def __bool__(self) -> bool:
         return bool(self.techniques)
@@ -58,11 +59,6 @@ class TechniqueSet:
     def touches(self, touch: Touch) -> bool:
         """Whether one of them touches something."""
         return any(touch in technique.touches for technique in self.techniques)
-
-    @property
-    def needs_two_passes(self) -> bool:
-        """Whether one of them looks at a step's gradient before it moves the weights."""
-        return any(technique.two_passes for technique in self.techniques)
 
     def prepare(self, model: nn.Module, *, step: int) -> None:
         """Before the run is bound to the model.
@@ -152,18 +148,43 @@ class TechniqueSet:
                     parameter.grad = None
             yield
 
-    def enter(self) -> None:
-        """As the beginning of :meth:`moved`, for frameworks that have events in place of a loop."""
-        self.leave()
-        stack = ExitStack()
-        stack.enter_context(self.moved())
-        self._inside = stack
+    def enter(self, again: Callable[[], object]) -> None:
+        """Before forward of each micro-batch, where a framework runs them one by one instead of in a loop of ours.
 
-    def leave(self) -> None:
-        """As its end; also after an exception. Does nothing where nothing was entered."""
-        stack, self._inside = self._inside, None
+        Args:
+            again: Runs forward and backward of this micro-batch. Called where a technique has looked at the gradient of
+                the whole step, which it takes anew elsewhere then.
+        """
+        if self.wants_gradient():
+            if not self._again:
+                self._go_into(self.first_pass())
+            self._again.append(again)
+        else:
+            self._go_into(self.moved())
+
+    def leave(self, *, last: bool, factor: Callable[[], float] = lambda: 1.0) -> None:
+        """After backward of it; as :meth:`passes` does, whose arguments these are."""
+        again = self._again
+        if not again or last:
+            self.abandon()
+        if last:
+            if again:
+                with self.moved():
+                    for run in again:
+                        run()
+            self.gradients_ready(factor())
+
+    def abandon(self) -> None:
+        """Put weights back, also after an exception. Does nothing where nothing was entered."""
+        stack, self._inside, self._again = self._inside, None, []
         if stack is not None:
             stack.close()
+
+    def _go_into(self, context: AbstractContextManager[None]) -> None:
+        self.abandon()
+        stack = ExitStack()
+        stack.enter_context(context)
+        self._inside = stack
 
     def gradients_ready(self, factor: float = 1.0) -> None:
         """After the last backward of a step, when gradients are averaged over ranks and not clipped yet.
@@ -212,11 +233,13 @@ class TechniqueSet:
 
     def finish(self) -> None:
         """At the end of training."""
-        self.leave()
+        self.abandon()
         if self._running:
             reshard(self.run.live.model)
-        for running in self._running.values():
-            running.finish()
+        # What gives the end its weights comes after what holds them in bounds.
+        for technique in sorted(self.techniques, key=lambda technique: Touch.END in technique.touches):
+            if technique.name in self._running:
+                self._running[technique.name].finish()
         self.finish_hooks()
 
     def finish_hooks(self) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mergeready import (
+    DistilledFinish,
     DriftPenalty,
     JacobianPenalty,
     KroneckerFactors,
@@ -96,6 +97,10 @@ STEADY = Probe(
     evaluate=lambda model: {"accuracy": 0.5}, scales=(0.5,), schedule=Schedule(every=1, geometric=False)
 )
 CASES: dict[str, Case] = {
+    "distilled_finish": Case(DistilledFinish(inputs=INPUTS, norm=0.2, steps=3, lr=1e-3)),
+    "distilled_finish, lora": Case(
+        DistilledFinish(inputs=INPUTS, steps=3, lr=1e-3, teacher_temperature=2.0), moved_adapter
+    ),
     "drift_penalty": Case(DriftPenalty(strength=0.5)),
     "drift_penalty, lora": Case(DriftPenalty(strength=0.5), moved_adapter),
     "jacobian_penalty": Case(

@@ -30,9 +30,13 @@ def run(
     model: nn.Module | None = None,
     state: dict[str, Any] | None = None,
     after: Callable[[int, nn.Module, MergeReadyLoop, torch.optim.Optimizer], Any] | None = None,
+    scale: float = 1.0,
     **options: Any,
 ) -> dict[str, Tensor]:
-    """The weights after some steps, each on a batch of its own; goes on from what ``after`` saved as ``state``."""
+    """The weights after some steps, each on a batch of its own; goes on from what ``after`` saved as ``state``.
+
+    A ``scale`` other than 1 is that of a gradient scaler.
+    """
     model = net() if model is None else model
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
     monitor = MergeReadyLoop(folder, techniques=techniques, **options)
@@ -40,13 +44,15 @@ def run(
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         monitor.load_state_dict(state["monitor"])
-    monitor.prepare(model, optimizer=optimizer, total_steps=steps)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale != 1)
+    monitor.prepare(model, optimizer=optimizer, total_steps=steps, scaler=scaler if scale != 1 else None)
     while monitor.steps < steps and not monitor.should_stop:
         x, y = examples(1, monitor.steps, 16)
         for _ in monitor.passes():
             for xs, ys in zip(x.chunk(micro), y.chunk(micro), strict=True):
-                (cross_entropy(model(xs), ys) / micro).backward()
-        optimizer.step()
+                scaler.scale(cross_entropy(model(xs), ys) / micro).backward()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
         monitor.step()
         if after is not None:

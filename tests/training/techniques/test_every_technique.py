@@ -1,4 +1,5 @@
-"""What holds for every technique there is: it acts, off is off, accumulation changes nothing, a run can be resumed."""
+"""What holds for every technique there is: it acts, off is off, a run can be resumed; and neither accumulation nor a
+gradient scaler changes anything."""
 
 from __future__ import annotations
 
@@ -32,15 +33,23 @@ def test_switched_off_is_bit_identical(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_it_acts_and_micro_batches_agree_with_their_batch(tmp_path: Path, name: str) -> None:
+def test_it_acts_and_neither_micro_batches_nor_a_scaler_change_how(tmp_path: Path, name: str) -> None:
     case = CASES[name]
-    plain, one, four = (
-        run(tmp_path / f"{n}", techniques, micro=micro, model=case.model(), **case.arguments)
-        for n, (techniques, micro) in enumerate([([], 1), ([case.technique], 1), ([case.technique], 4)])
+    plain, one, four, scaled = (
+        run(tmp_path / f"{n}", techniques, micro=micro, scale=scale, model=case.model(), **case.arguments)
+        for n, (techniques, micro, scale) in enumerate(
+            [
+                ([], 1, 1.0),
+                ([case.technique], 1, 1.0),
+                ([case.technique], 4, 1.0),
+                ([case.technique], 4, 1024.0),
+            ]
+        )
     )
     assert not equal(one, plain)
     for key, value in one.items():
         torch.testing.assert_close(four[key], value, atol=3e-6, rtol=1e-5)
+        torch.testing.assert_close(scaled[key], four[key], atol=3e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", CASES)
