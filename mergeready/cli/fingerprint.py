@@ -22,6 +22,13 @@ def fingerprint(
     ] = None,
     budget: Annotated[int, typer.Option(help="Sampled coordinates of the whole model, 2 bytes each.")] = 2
     ** 18,
+    router: Annotated[
+        bool,
+        typer.Option(
+            "--router",
+            help="Also hold what routers choose experts by: one direction of inputs a linear layer.",
+        ),
+    ] = False,
     strict: StrictOption = True,
 ) -> None:
     """Write a small file against which others can measure interference without the expert's weights."""
@@ -30,7 +37,7 @@ def fingerprint(
     from mergeready.training.rounding_warning import WORTH_SAYING
 
     opened_base, [opened] = open_all(base, [expert], strict)
-    made = take_fingerprint(opened.vector, opened_base, label=label, budget=budget)
+    made = take_fingerprint(opened.vector, opened_base, label=label, budget=budget, router=router)
     path = made.save(output or Path(made.label + SUFFIX))
     console().print(
         f"{escape(made.label)}: norm {made.norm:.4g}, {len(made.shapes)} changed parameters, "

@@ -41,6 +41,8 @@ class Fingerprint:
         total: Elements of all parameters of the base, which with ``budget`` says how many coordinates each has.
         budget: Coordinates that were asked for.
         facts: Whatever else the maker wanted to say, JSON-ready.
+        router: If asked for: of linear layers, the unit input that the change answers most strongly, fp16 in files; see
+            ``mergeready.metrics.router``.
     """
 
     label: str
@@ -52,6 +54,7 @@ class Fingerprint:
     total: int
     budget: int = BUDGET
     facts: Mapping[str, Any] = field(default_factory=dict)
+    router: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def norm(self) -> float:
@@ -77,6 +80,8 @@ class Fingerprint:
         }
         if self.subspaces:
             tensors["subspaces"] = torch.stack([sketch.half() for sketch in self.subspaces.values()])
+        if self.router:
+            tensors["router"] = torch.cat([vector.half() for vector in self.router.values()])
         about = {
             "label": self.label,
             "base": self.base.to_json(),
@@ -85,6 +90,9 @@ class Fingerprint:
             "total": self.total,
             "budget": self.budget,
             "facts": dict(self.facts),
+            **(
+                {"router": {name: len(vector) for name, vector in self.router.items()}} if self.router else {}
+            ),
         }
         metadata = {"format": "pt", "mergeready.fingerprint": SCHEMA, "mergeready.about": json.dumps(about)}
         with new_file(Path(path)) as temporary:
@@ -112,9 +120,10 @@ class Fingerprint:
             total, budget = int(about["total"]), int(about["budget"])
             base = BaseIdentity.from_json(about["base"], f"the base of {about['label']}")
             sketched, facts, label = list(about["subspaces"]), dict(about["facts"]), str(about["label"])
+            routed = {str(name): int(width) for name, width in about.get("router", {}).items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FormatError(f"{path} does not describe itself as a fingerprint does ({error}).") from error
-        return cls._assemble(path, file, shapes, total, budget, base, sketched, facts, label)
+        return cls._assemble(path, file, shapes, total, budget, base, sketched, routed, facts, label)
 
     @classmethod
     def _assemble(
@@ -126,6 +135,7 @@ class Fingerprint:
         budget: int,
         base: BaseIdentity,
         sketched: list[str],
+        routed: dict[str, int],
         facts: dict[str, Any],
         label: str,
     ) -> Fingerprint:
@@ -140,6 +150,13 @@ class Fingerprint:
         sketches = found.get("subspaces", (0, 0, 0))
         if len(sketches) != 3 or sketches[0] != len(sketched) or not set(sketched) <= set(shapes):
             problems.append(f"{len(sketched)} subspaces are named and {sketches[0]} are there")
+        if found.get("router", (0,)) != (sum(routed.values()),):
+            problems.append(f"router is {found.get('router')}, not {(sum(routed.values()),)}")
+        problems += [
+            f"router is of {name}, width {width}"
+            for name, width in routed.items()
+            if width < 1 or width not in shapes.get(name, ())
+        ]
         if problems:
             raise FormatError(f"{path} contradicts itself: {listing(problems)}. Make it again.")
         tensors = {
@@ -150,6 +167,7 @@ class Fingerprint:
             raise FormatError(f"{path} holds values that no fingerprint has: {listing(broken or ['norms'])}.")
         pieces = torch.split(tensors["samples"].float(), counts)
         norms = tensors["norms"].double().tolist()
+        prototypes = torch.split(tensors["router"].float(), list(routed.values())) if routed else ()
         return cls(
             label=label,
             base=base,
@@ -160,6 +178,7 @@ class Fingerprint:
             total=total,
             budget=budget,
             facts=facts,
+            router=dict(zip(routed, prototypes, strict=True)),
         )
 
 

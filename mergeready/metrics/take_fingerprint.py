@@ -16,6 +16,7 @@ from mergeready.experts.fingerprint import BUDGET, Fingerprint
 from mergeready.experts.sums import squared_norm
 from mergeready.experts.task_vector import TaskVector, require_finite
 from mergeready.metrics.rounding import RoundingAccumulator
+from mergeready.metrics.router import prototype, routed_layers
 from mergeready.metrics.stream import Chunk
 from mergeready.weights.source import TensorInfo, chunk_ranges, is_mergeable
 
@@ -35,6 +36,7 @@ def take_fingerprint(
     label: str | None = None,
     budget: int = BUDGET,
     subspaces: bool = True,
+    router: bool = False,
     facts: Mapping[str, Any] | None = None,
 ) -> Fingerprint:
     """Make an expert's fingerprint.
@@ -48,6 +50,9 @@ def take_fingerprint(
         label: How others shall call it; the last part of its path by default, so that no local path gets out.
         budget: Coordinates of the whole model, 2 bytes each; at least 1.
         subspaces: Whether to sketch the leading right singular vectors of matrices.
+        router: Whether to add what routers choose experts by: the unit input that each linear layer's change answers
+            most strongly (see :func:`~mergeready.metrics.router.prototype`), 2 bytes an input of the layer in files.
+            Full experts then need one matrix at a time in float64.
         facts: Whatever else shall be in the file, JSON-ready. Of an expert that is stored in 16 bits, ``resolution``
             is added: what rounding left to be seen; see ``RoundingAccumulator``.
 
@@ -74,6 +79,7 @@ def take_fingerprint(
         for name in changed
         if subspaces and _is_large_matrix(vector.infos[name])
     }
+    layers = routed_layers(base.source, changed) if router else {}
     return Fingerprint(
         label=label or vector.label.rstrip("/").rpartition("/")[2],
         base=vector.base,
@@ -84,6 +90,9 @@ def take_fingerprint(
         total=total,
         budget=budget,
         facts={**({} if rounding is None else {"resolution": rounding.resolution()}), **(facts or {})},
+        router={
+            name: prototype(vector[name], inputs_first=first).half().float() for name, first in layers.items()
+        },
     )
 
 
