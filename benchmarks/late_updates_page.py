@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 
-from benchmarks import late_updates, prediction_page
+from benchmarks import late_updates, prediction_page, tsv_parts
 from benchmarks.prediction_page import Measured
 from mergeready.metrics.prediction import how_well_predicts
 from mergeready.study.cells import EXPERT
@@ -173,6 +173,8 @@ def _explanation(results: Results, measured: Measured, pick: int, end: int) -> s
         _summary(measured, pick, end),
         "",
         "Nothing was taken out and merged again for these figures: they say what goes together, not what causes what.",
+        "",
+        "An experiment says more: " + tsv_parts.sentence(results, tsv_parts.results()),
     ]
     return "\n".join(lines)
 

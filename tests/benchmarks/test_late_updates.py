@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import late_updates, late_updates_page, prediction_page
+from benchmarks import late_updates, late_updates_page, prediction_page, tsv_parts
 from benchmarks.late_updates import MATRICES
 from mergeready.experts import BaseIdentity, DeltaTaskVector, Dense
 from mergeready.experts.task_vector import TaskVector
@@ -74,7 +74,16 @@ def test_means_over_peers_leave_out_the_expert_itself() -> None:
     assert late_updates.with_peers([[1.0, 0.5, 0.0], [0.5, 1.0, 0.5], [0.0, 0.5, 1.0]]) == [0.25, 0.5, 0.25]
 
 
-def study(merged: dict[tuple[int, int], list[float]]) -> Results:
+def test_the_sum_of_cut_experts_is_what_numpy_says() -> None:
+    matrices = torch.randn(4, 12, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    wanted = np.zeros((12, 20))
+    for matrix in matrices.numpy():
+        U, values, V = np.linalg.svd(matrix, full_matrices=False)
+        wanted += (U[:, :3] * values[:3]) @ V[:3]
+    assert np.abs(tsv_parts.CutSum().merge_changes(list(matrices), 12).numpy() - wanted).max() < 1e-12
+
+
+def study(merged: dict[tuple[int, int], list[float]], method: str = "ties") -> Results:
     """Base 0, experts 1; what the merge has of each task, by step and seed."""
     contents: dict[Cell, dict[str, Any]] = {}
 
@@ -85,8 +94,8 @@ def study(merged: dict[tuple[int, int], list[float]]) -> Results:
         }
 
     for (step, seed), values in merged.items():
-        for method, own in ((EXPERT, [1.0] * 8), ("ties", values)):
-            contents[Cell("plain", seed, str(step), method, 8)] = {"metric": "accuracy", "tasks": tasks(own)}
+        for label, own in ((EXPERT, [1.0] * 8), (method, values)):
+            contents[Cell("plain", seed, str(step), label, 8)] = {"metric": "accuracy", "tasks": tasks(own)}
         contents[Cell("plain", seed, str(step), EXPERT, 8)]["base"] = tasks([0.0] * 8)
     return Results(contents)
 
@@ -130,6 +139,28 @@ def test_metrics_that_tell_nothing_are_said_to_tell_nothing() -> None:
     text = prediction_page.section(study(kept), measured(metric))
     assert "0 of these 8 intervals exclude 0" in text
     assert "No metric predicts which expert of a step will keep more." in text
+
+
+@pytest.mark.parametrize(
+    ("cut", "claim"),
+    [
+        (0.4, "So TSV-M bears long training by making the rest orthogonal."),
+        (0.6, "So TSV-M bears long training by leaving out weak directions."),
+        (
+            0.5,
+            "So TSV-M bears long training by leaving out weak directions and by making the rest orthogonal.",
+        ),
+    ],
+)
+def test_which_half_bears_long_training_is_told_by_differences_of_changes(cut: float, claim: str) -> None:
+    def at(end: float) -> dict[tuple[int, int], list[float]]:
+        noise = np.random.default_rng(0).normal(0, 0.001, (3, 8))
+        return {(64, s): [0.5] * 8 for s in SEEDS} | {(256, s): (end + noise[s]).tolist() for s in SEEDS}
+
+    whole = {**study(at(0.4), "task_arithmetic").contents, **study(at(0.6), "tsv_m").contents}
+    text = tsv_parts.sentence(Results(whole), study(at(cut), tsv_parts.CUT))
+    assert text.endswith(claim)
+    assert f"leaving out weak directions makes {cut - 0.4:+.3f}" in text.replace("-0.000", "+0.000")
 
 
 def test_curves_turn_only_between_their_ends() -> None:
