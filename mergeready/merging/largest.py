@@ -43,6 +43,19 @@ def kth_largest(values: NDArray[Any], count: int) -> Any:
     return _border(values.take(candidates), count, high)
 
 
+def border(values: NDArray[Any], count: int) -> tuple[int, int]:
+    """Of integers, the ``count``-th largest value and the position of the last one of it that is among the largest.
+
+    >>> border(np.array([2, 5, 2, 4, 2]), 3)
+    (2, 0)
+    """
+    candidates, high = _candidates(values, count)
+    among = values.take(candidates)
+    value = _border(among, count, high)
+    missing = count - int(np.count_nonzero(among > value))
+    return int(value), int(candidates[np.flatnonzero(among == value)[missing - 1]])
+
+
 def _border(among: NDArray[Any], count: int, high: Any) -> Any:
     """The ``count``-th largest, which lies at or below ``high`` unless the sample misled."""
     below = among.take(np.flatnonzero(among <= high))

@@ -50,7 +50,7 @@ def merged_chunks(
     if not isinstance(method, ElementwiseMethod):
         raise OptionError(f"{method.name} is of an unknown kind.")
     keep_freed_memory()
-    held = HeldDeltas(vectors, name, info) if method.holds(info, len(vectors)) else None
+    held = HeldDeltas(vectors, name, info) if _hold(method, name, info, vectors) else None
     read = partial(read_all, vectors, name) if held is None else held.read
     prepared = [
         _prepared(method, vector, name, slot, held) if name in vector else None
@@ -74,6 +74,16 @@ def _merged_matrix(
     flat = method.combine_matrices(deltas, weights, Place(name, 0, info.numel)).reshape(-1)
     for start, stop in chunk_ranges(info, span=span):
         yield start, stop, flat[start:stop]
+
+
+def _hold(method: ElementwiseMethod, name: str, info: TensorInfo, vectors: Sequence[TaskVector]) -> bool:
+    """Whether to read deltas once and hold them: not if one pass suffices for all but one, whose rest is remembered."""
+    fresh = sum(not _remembers(vector, (method, name, slot)) for slot, vector in enumerate(vectors))
+    return method.holds(info, len(vectors)) and (method.passes > 2 or fresh > 1)
+
+
+def _remembers(vector: TaskVector, key: tuple[Any, ...]) -> bool:
+    return vector.memory is not None and key in vector.memory
 
 
 def _prepared(

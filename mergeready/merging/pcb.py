@@ -95,7 +95,8 @@ class Pcb(ElementwiseMethod):
             raise OptionError(f"`clip` must be in [0, 0.5), not {self.clip!r}.")
 
     def scratch_bytes(self, info: TensorInfo, experts: int) -> int:
-        return super().scratch_bytes(info, experts) + 3 * selection_bytes(info)
+        winners = math.ceil(12 * experts * self.density) + 32 if self.holds(info, experts) else 0
+        return super().scratch_bytes(info, experts) + 3 * selection_bytes(info) + winners * info.numel
 
     def prepare(self, vector: TaskVector, name: str, slot: int) -> _Range:
         info = vector.infos[name]

@@ -50,7 +50,10 @@ class Sce(ElementwiseMethod):
         require_fraction("density", self.density)
 
     def scratch_bytes(self, info: TensorInfo, experts: int) -> int:
-        return super().scratch_bytes(info, experts) + 2 * selection_bytes(info)
+        kept = (
+            32 * info.numel if self.holds(info, experts) else 0
+        )  # variances, positions of those that are kept
+        return super().scratch_bytes(info, experts) + 2 * selection_bytes(info) + kept
 
     def prepare_jointly(
         self, read: Reader, info: TensorInfo, weights: Sequence[float], prepared: Sequence[Any]

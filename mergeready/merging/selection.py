@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mergeready.errors import FormatError
+from mergeready.merging.largest import border
 from mergeready.weights.source import TensorInfo, chunk_ranges
 
 Read: TypeAlias = Callable[[int, int], Tensor]
@@ -21,11 +22,11 @@ Read: TypeAlias = Callable[[int, int], Tensor]
 Bits: TypeAlias = NDArray[np.int32]
 """Bit patterns of magnitudes: integers that are ordered as the magnitudes are, with NaN above infinity."""
 
-_SMALL = 2**13  # elements that are looked at all at once
 _BLOCK = 512  # elements read at one place for the sample
 _BLOCKS = (8, 1024)
 _SIGMAS = 5.0
 _MOST = 2**22  # entries between the brackets that are kept: 16 MiB
+_HELD_COPIES = 4  # of a tensor that is looked at as a whole
 _ALL_BITS = 2**31 - 1
 
 
@@ -80,13 +81,15 @@ def top_ks(read: Read, info: TensorInfo, counts: Sequence[int]) -> list[TopK]:
     Equal to what a full stable sort by falling magnitude would give. NaN count as largest but are never chosen: they
     stay NaN where others become zero, and the engines refuse them by name.
 
-    A sample of blocks tells between which two values each border lies, up to five standard errors between blocks.
-    One pass then counts what lies above and keeps what lies between, where the border is found exactly. If
-    the sample misled, passes of histograms find it in any case.
+    A tensor that can be held is looked at as a whole. Of others a sample of blocks tells between which two values
+    each border lies, up to five standard errors between blocks. One pass then counts what lies above and keeps what
+    lies between, where the border is found exactly. If the sample misled, passes of histograms find it in any case.
     """
-    if info.numel <= _SMALL:
-        bits = _bits(read(0, info.numel))
-        return [_among(bits, count) for count in counts]
+    if can_be_held(info, _HELD_COPIES):
+        bits = np.empty(info.numel, np.int32)
+        for start, piece in _chunks(read, info):
+            bits[start : start + len(piece)] = piece
+        return [_top_k(*border(bits, count)) for count in counts]
     sample = _sample(read, info.numel)
     brackets = [_Bracket.around(sample, count / info.numel) for count in counts]
     for start, bits in _chunks(read, info):
@@ -110,7 +113,8 @@ def can_be_held(info: TensorInfo, copies: int = 1) -> bool:
 
 def selection_bytes(info: TensorInfo, counts: int = 1) -> int:
     """Most memory in bytes that :func:`top_ks` takes, beside one chunk."""
-    return 4 * counts * min(info.numel, _MOST)
+    held = 6 * 4 * info.numel if can_be_held(info, _HELD_COPIES) else 0  # magnitudes, positions of candidates
+    return max(held, 4 * counts * min(info.numel, _MOST))
 
 
 def _bits(chunk: Tensor) -> Bits:
@@ -240,11 +244,6 @@ class _Bracket:
 def _place(bits: Bits, start: int, value: int, needed: int) -> int:
     """Index of the ``needed``-th entry of a chunk that equals ``value``."""
     return start + int(np.flatnonzero(bits == value)[needed - 1])
-
-
-def _among(bits: Bits, count: int) -> TopK:
-    value, needed = _kth(lambda: (bits,), 0, _ALL_BITS, count)
-    return _top_k(value, _place(bits, 0, value, needed))
 
 
 def _in_any_case(read: Read, info: TensorInfo, count: int) -> TopK:

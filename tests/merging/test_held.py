@@ -46,7 +46,7 @@ def test_results_do_not_depend_on_holding(name: str, experts: int, monkeypatch: 
     weights = [1.0, 0.5, -2.0][:experts] if name != "slerp" else [1.0, 1.0]
     assert method.holds(INFO, experts)
     held = merged(method, deltas, weights)
-    for module in ("method", "pcb", "sce"):
-        monkeypatch.setattr(f"mergeready.merging.{module}.can_be_held", lambda *_: False, raising=False)
+    for module in ("method", "pcb", "selection"):
+        monkeypatch.setattr(f"mergeready.merging.{module}.can_be_held", lambda *_: False)
     assert not method.holds(INFO, experts)
     torch.testing.assert_close(merged(method, deltas, weights), held, rtol=1e-6, atol=0)

@@ -48,7 +48,7 @@ def chunking(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """Every way to the border, at sizes that a test can enumerate; a sample of eight entries often misleads."""
     if request.param != "at once":
         limit = int(request.param.split()[-1])
-        monkeypatch.setattr(selection, "_SMALL", 0)
+        monkeypatch.setattr(selection, "can_be_held", lambda *_: False)
         monkeypatch.setattr(selection, "_BLOCK", 1)
         monkeypatch.setattr(selection, "_BLOCKS", (2, 8))
         monkeypatch.setattr(selection, "_SIGMAS", 0.5)
@@ -97,7 +97,11 @@ def test_several_counts_at_once() -> None:
 
 @pytest.mark.parametrize("kind", ["normal", "rounded", "sparse", "one bin", "rows", "rising"])
 @pytest.mark.parametrize("density", [1e-5, 0.2, 0.999])
-def test_equals_a_stable_sort_over_real_chunks(kind: str, density: float) -> None:
+@pytest.mark.parametrize("held", [True, False])
+def test_equals_a_stable_sort_over_real_chunks(
+    kind: str, density: float, held: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selection, "can_be_held", lambda *_: held)
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(2 * CHUNK_ELEMENTS + 777, generator=generator)
     if kind == "rounded":
