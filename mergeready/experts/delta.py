@@ -63,6 +63,11 @@ class LowRank:
         rows = self.B[first:last].float() @ self.A.float()
         return rows.reshape(-1)[start - first * columns : stop - first * columns]
 
+    def pick(self, places: Tensor) -> Tensor:
+        """Single elements by their numbers in row-major order, fp32: of each, r products."""
+        columns = self.A.shape[1]
+        return (self.B[places // columns].float() * self.A.T[places % columns].float()).sum(1)
+
     def norm(self) -> float:
         """Frobenius norm, from the r × r Gram matrices: ‖BA‖² = tr(BᵀB · AAᵀ)."""
         B, A = self.B.double(), self.A.double()

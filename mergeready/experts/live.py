@@ -152,6 +152,10 @@ class LiveExpert:
         with self._own.gathered([self._own_names[name]] if name in self._own_names else []):
             yield
 
+    def pick(self, name: str, places: Tensor) -> Tensor:
+        """Single elements of a parameter that is trained itself: of what this rank holds of it, by base name, fp32."""
+        return self._own.pick(self._own_names[name], places)
+
     def pieces(self) -> Iterator[tuple[str, int, int]]:
         """What this rank has to measure: base name, first element and end of each piece; use inside ``readable``."""
         for name in self.vector:

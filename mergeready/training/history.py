@@ -15,6 +15,7 @@ from mergeready.training.records import (
     MetricsRecord,
     ProbeRecord,
     Record,
+    SampledRecord,
     StartRecord,
 )
 from mergeready.weights.atomic import new_file
@@ -63,6 +64,11 @@ class History(Sequence[Record]):
     def metrics(self) -> list[MetricsRecord]:
         """All measurements."""
         return [record for record in self._records if isinstance(record, MetricsRecord)]
+
+    @property
+    def sampled(self) -> list[SampledRecord]:
+        """All estimates from sampled coordinates."""
+        return [record for record in self._records if isinstance(record, SampledRecord)]
 
     @property
     def decisions(self) -> list[DecisionRecord]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ from mergeready.training.probe import Probe, Prober
 from mergeready.training.records import DecisionRecord, Record
 from mergeready.training.references import measure_references
 from mergeready.training.rounding_warning import warn_of_rounding
+from mergeready.training.sampled import Sampler
 from mergeready.training.scalars import PREFIX, scalars
 from mergeready.training.schedule import Pacer, Schedule
 from mergeready.training.start_record import records_of_start, start_record
@@ -74,6 +75,9 @@ class Monitor:
         stop: When to stop; None for never.
         on_stop: ``stop`` asks the framework to stop; ``record`` only notes when it would have.
         measure: When to measure the task vector.
+        sampled_every: Steps between estimates of norm, cosine and sign conflict from sampled coordinates, such as 1;
+            None for none. They have standard errors, cost next to nothing, and no policy looks at them. With 16-bit
+            weights whose fp32 copies an optimizer keeps, finding these takes a pass over the weights each time.
         picks: Which checkpoints to keep; None for none.
         masters: fp32 copies of 16-bit parameters, where the optimizer does not show them: a mapping from parameter
             name, or a function that gives one. See :class:`~mergeready.training.masters.Masters`.
@@ -93,6 +97,7 @@ class Monitor:
         stop: Policy | None = None,
         on_stop: Literal["stop", "record"] = "stop",
         measure: Schedule = DEFAULT_MEASURE,
+        sampled_every: int | None = None,
         picks: Picks | None = None,
         masters: MastersLike | None = None,
         difficulty: Difficulty | bool | None = None,
@@ -103,12 +108,14 @@ class Monitor:
             raise OptionError("`peers` must be a sequence of experts; put a single one into a list.")
         if on_stop not in ("stop", "record"):
             raise OptionError(f"`on_stop` must be 'stop' or 'record', not {on_stop!r}.")
+        if sampled_every is not None and sampled_every < 1:
+            raise OptionError(f"`sampled_every` must be at least 1, or None, not {sampled_every}.")
         self.base, self.probe, self.stop, self.on_stop, self.picks = base, probe, stop, on_stop, picks
         self._given_peers = list(peers)
         self._given_masters = masters
         self.watch = DifficultyWatch(difficulty)
         self._share = share
-        self._measure_schedule = measure
+        self._measure_schedule, self._sampled_every = measure, sampled_every
         self.techniques = TechniqueSet(techniques)
         self.history: History = History()
         self.started = False
@@ -168,6 +175,11 @@ class Monitor:
                 self.folder / "picks", self.picks, save, self.live.base.identity, self.ranks
             )
         self._open_history(step)
+        self._sampler = None
+        if self._sampled_every is not None:
+            self._sampler = Sampler(
+                self.live, self.peers, self.sketched, last=next(iter(self.history.sampled[-1:]), None)
+            )
         self.techniques.on_history(self.history)
         # Training time begins here; the references count as spent, and what is spent is taken off again.
         self._began = time.perf_counter() - self._reference_seconds
@@ -192,11 +204,20 @@ class Monitor:
         if self._saving:
             self.on_save()
         pacers = [pacer for pacer in (self._measuring, self._probing) if pacer is not None]
-        if not any(pacer.on_schedule(step) for pacer in pacers):
+        looking = any(pacer.on_schedule(step) for pacer in pacers)
+        sampler = self._sampler if self._sampled_every and step % self._sampled_every == 0 else None
+        if not looking and sampler is None:
             return Outcome()
-        seconds = self.ranks.same(self._train_seconds())
         with self.techniques.shown():
-            return self._look(step, seconds)
+            sampled = {} if sampler is None else self._look_at_samples(sampler, step)
+            found = self._look(step, self.ranks.same(self._train_seconds())) if looking else Outcome()
+        return replace(found, scalars={**sampled, **found.scalars})
+
+    def _look_at_samples(self, sampler: Sampler, step: int) -> Mapping[str, float]:
+        self._refine()
+        record = sampler.measure(step)
+        self._append(record)
+        return scalars(record)
 
     def _look(self, step: int, seconds: float) -> Outcome:
         records: list[Record] = []

@@ -30,6 +30,7 @@ class MonitorOptions(TypedDict, total=False):
     stop: Policy | None
     on_stop: Literal["stop", "record"]
     measure: Schedule
+    sampled_every: int | None
     picks: Picks | None
     masters: MastersLike | None
     difficulty: Difficulty | bool | None

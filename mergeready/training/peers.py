@@ -48,6 +48,7 @@ class OpenPeer(TaskVector):
         self.label, self.base, self.evaluate = label, vector.base, evaluate
         self._vector, self.differs_from, self.memory = vector, vector.differs_from, {}
         self.infos = {name: vector.infos[name] for name, value in squares.items() if value > 0}
+        self.norms = {name: math.sqrt(squares[name]) for name in self.infos}
         self.norm = math.sqrt(sum(squares.values()))
 
     def flat(self, name: str, start: int, stop: int, base: Tensor | None = None) -> Tensor:

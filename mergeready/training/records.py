@@ -124,6 +124,32 @@ class MetricsRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SampledRecord:
+    """How the task vector stands at one step, estimated from sampled coordinates.
+
+    They are the same at each step, so the curve of such estimates is smoother than their errors: these are of how far
+    the curve as a whole may lie from the exact one.
+
+    Attributes:
+        norm: ‖τ‖ over trained parameters.
+        norm_error: Its standard error; those of the other figures are called likewise.
+        growth: Growth of ``norm`` per step since the estimate before. In proportion off by as much as the norm is.
+        cosine: Cosine with each peer; None while τ is zero.
+        sign_conflict: Share of conflicting signs with each peer.
+    """
+
+    kind: Literal["sampled"] = "sampled"
+    step: int
+    norm: float
+    norm_error: float
+    growth: float
+    cosine: dict[str, float | None] = field(default_factory=dict)
+    cosine_error: dict[str, float | None] = field(default_factory=dict)
+    sign_conflict: dict[str, float | None] = field(default_factory=dict)
+    sign_conflict_error: dict[str, float | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProbeRecord:
     """One probe: the expert as it is, and merged by each method.
 
@@ -161,7 +187,7 @@ class ResumeRecord:
     changed: list[str]
 
 
-Record: TypeAlias = StartRecord | MetricsRecord | ProbeRecord | DecisionRecord | ResumeRecord
+Record: TypeAlias = StartRecord | MetricsRecord | SampledRecord | ProbeRecord | DecisionRecord | ResumeRecord
 
 ADAPTER: TypeAdapter[Record] = TypeAdapter(
     Annotated[Record, Field(discriminator="kind")],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mergeready.training.records import MetricsRecord, ProbeRecord, Record
+from mergeready.training.records import MetricsRecord, ProbeRecord, Record, SampledRecord
 
 PREFIX = "mergeready/"
 
@@ -13,12 +13,14 @@ def scalars(record: Record) -> dict[str, float]:
     A probe gives ``expert`` and, per merge method, ``merged/<method>`` (``surrogate/<method>`` where synthetic
     peers stood in), ``retention/<method>`` and ``scale/<method>``. A measurement gives norms, and cosine and sign
     conflict per peer, with their standard errors where they are estimates; and where weights exist in 16 bits only,
-    what their rounding leaves to be seen.
+    what their rounding leaves to be seen. Estimates from sampled coordinates have the same names behind ``sampled/``.
     """
     if isinstance(record, ProbeRecord):
         values = _probe(record)
     elif isinstance(record, MetricsRecord):
         values = _metrics(record)
+    elif isinstance(record, SampledRecord):
+        values = _sampled(record)
     else:
         return {}
     return {PREFIX + name: value for name, value in values.items() if value is not None}
@@ -56,3 +58,19 @@ def _metrics(record: MetricsRecord) -> dict[str, float | None]:
     values |= {f"sign_conflict_error/{peer}": value for peer, value in record.sign_conflict_error.items()}
     values |= {f"sign_conflict/{peer}": value for peer, value in record.sign_conflict.items()}
     return values
+
+
+def _sampled(record: SampledRecord) -> dict[str, float | None]:
+    values: dict[str, float | None] = {
+        "norm": record.norm,
+        "norm_error": record.norm_error,
+        "growth": record.growth,
+    }
+    by_peer = {
+        "cosine": record.cosine,
+        "cosine_error": record.cosine_error,
+        "sign_conflict": record.sign_conflict,
+        "sign_conflict_error": record.sign_conflict_error,
+    }
+    values |= {f"{name}/{peer}": value for name, found in by_peer.items() for peer, value in found.items()}
+    return {f"sampled/{name}": value for name, value in values.items()}

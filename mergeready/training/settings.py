@@ -94,6 +94,7 @@ class RunSettings(BaseModel):
         stop: When to stop.
         on_stop: ``stop``, or ``record`` to only note when the run would have stopped.
         measure: When to measure the task vector.
+        sampled_every: Steps between estimates from sampled coordinates; None for none.
         picks: Which checkpoints to keep; False for none.
         techniques: Names of techniques, or a name with its settings: ``{simulated_merge: {every: 4}}``.
         difficulty: Whether, or how, to track which examples are hard.
@@ -117,6 +118,7 @@ class RunSettings(BaseModel):
     stop: StopSettings = StopSettings()
     on_stop: Literal["stop", "record"] = "stop"
     measure: Schedule = DEFAULT_MEASURE
+    sampled_every: int | None = Field(default=None, ge=1)
     picks: Picks | Literal[False] = Picks()
     techniques: list[str | dict[str, dict[str, Any]]] = []
     difficulty: bool | Difficulty = False
@@ -155,6 +157,7 @@ class RunSettings(BaseModel):
             "stop": self.stop.policy(),
             "on_stop": self.on_stop,
             "measure": self.measure,
+            "sampled_every": self.sampled_every,
             "picks": self.picks or None,
             "techniques": [make_technique(given) for given in self.techniques],
             "difficulty": self.difficulty or None,

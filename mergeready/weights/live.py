@@ -91,6 +91,15 @@ class LiveSource(WeightSource):
             )
         return self._finest(name, start - span[0], stop - span[0])
 
+    def pick(self, name: str, places: Tensor) -> Tensor:
+        """Single elements of what this rank holds of a tensor, fp32, on its device; nothing else is read.
+
+        Args:
+            name: The tensor.
+            places: Their numbers in row-major order of the block that this rank holds, int64, on that device.
+        """
+        return _sum([_picked(local(tensor), places) for tensor in self._copies(name)]).float()
+
     def _finest(self, name: str, start: int, stop: int) -> Tensor:
         """Elements of what this rank holds."""
         return _sum([local(tensor).reshape(-1)[start:stop] for tensor in self._copies(name)])
@@ -128,6 +137,12 @@ class LiveSource(WeightSource):
         if self._last is None or self._last[0] != name:
             self._last = name, self._whole(name)
         return self._last[1]
+
+
+def _picked(block: Tensor, places: Tensor) -> Tensor:
+    if block.is_contiguous():
+        return block.view(-1).index_select(0, places)
+    return block[torch.unravel_index(places, block.shape)]  # not all of it laid out anew
 
 
 def _sum(tensors: Sequence[Tensor]) -> Tensor:

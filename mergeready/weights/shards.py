@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from mergeready.errors import UnsupportedError, listing
@@ -50,6 +51,27 @@ class Held:
         for dimension, (start, length) in enumerate(zip(self.offset, self.sizes, strict=True)):
             whole = whole.narrow(dimension, start, length)
         return whole
+
+    def places(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """Which elements of the whole tensor lie in the block, and where in it, both in row-major order.
+
+        Args:
+            flat: Elements of the whole tensor, int64.
+
+        Returns:
+            A mask over ``flat``, and for those inside their number in the block.
+
+        >>> Held((4, 3), (2, 0), (2, 3)).places(torch.tensor([0, 6, 11]))
+        (tensor([False,  True,  True]), tensor([0, 5]))
+        """
+        inside, own, rest = torch.ones_like(flat, dtype=torch.bool), torch.zeros_like(flat), flat
+        width = 1
+        for size, start, length in zip(*map(reversed, (self.shape, self.offset, self.sizes)), strict=True):
+            index, rest = rest % size - start, rest // size
+            inside &= (index >= 0) & (index < length)
+            own += index * width
+            width *= length
+        return inside, own[inside]
 
     def read(self, source: WeightSource, name: str) -> Tensor:
         """The same block of a stored tensor, reading no more than it where it is one range."""

@@ -126,3 +126,9 @@ def test_factors_that_do_not_fit_are_refused(
 def test_rows_that_do_not_fit_are_refused(index: list[int], value: tuple[int, int], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         Rows(torch.tensor(index), torch.zeros(value), (4, 3))
+
+
+def test_single_elements_of_a_product() -> None:
+    delta = LowRank(torch.randn(5, 2), torch.randn(2, 12), (5, 3, 4))
+    places = torch.tensor([59, 0, 17, 17])
+    torch.testing.assert_close(delta.pick(places), dense(delta).reshape(-1)[places])

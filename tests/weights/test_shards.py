@@ -169,3 +169,20 @@ def test_what_lies_on_other_ranks_is_read_on_purpose_only() -> None:
         assert found["gathered"]
         assert found["whole"]
         assert found["only_inside"]
+
+
+def test_places_inside_a_block() -> None:
+    whole = torch.arange(4 * 5 * 3).reshape(4, 5, 3)
+    for offset, sizes in [
+        ((0, 0, 0), (4, 5, 3)),
+        ((1, 0, 0), (2, 5, 3)),
+        ((0, 2, 1), (4, 3, 2)),
+        ((4, 0, 0), (0, 5, 3)),
+    ]:
+        block = Held((4, 5, 3), offset, sizes)
+        own = block.of(whole).reshape(-1)
+        places = torch.tensor([59, 0, 17, 31, 17, 22, 46])
+        inside, found = block.places(places)
+        assert inside.tolist() == [place in own for place in places.tolist()]
+        assert torch.equal(own[found], places[inside])
+    assert Held((), (), ()).places(torch.tensor([0, 0]))[1].tolist() == [0, 0]
