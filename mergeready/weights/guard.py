@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mergeready.weights.shards import local, reshard
+from mergeready.weights.shards import forget_pass, local, reshard
 
 
 @contextmanager
@@ -34,6 +34,9 @@ def untouched(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[Mappi
     with random_state_kept():
         try:
             yield kept
+        except BaseException:
+            forget_pass(model)
+            raise
         finally:
             reshard(model)
             with torch.no_grad():

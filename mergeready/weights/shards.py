@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from mergeready.errors import UnsupportedError, listing
 from mergeready.weights.source import WeightSource
+
+logger = logging.getLogger("mergeready")
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +159,29 @@ def reshard(model: nn.Module) -> None:
     for part in model.modules():
         if isinstance(part, module.FSDPModule):
             part.reshard()
+
+
+def forget_pass(model: nn.Module) -> None:
+    """After a pass that raised, let FSDP2 begin anew: else ``reshard`` does nothing for modules that it was inside of.
+
+    They would go on computing with what they had gathered, whatever their shards become. Gradients of the pass that
+    failed are lost.
+    """
+    module = sys.modules.get("torch.distributed.fsdp")
+    if module is None:
+        return
+    inner: set[nn.Module] = set()
+    for part in model.modules():
+        if isinstance(part, module.FSDPModule) and part not in inner:
+            inner.update(part.modules())
+            if not hasattr(part, "reset_iter_state"):
+                logger.warning(
+                    "FSDP2 of torch %s cannot begin anew after a pass that raised: end this run, and resume "
+                    "it from its last checkpoint",
+                    torch.__version__,
+                )
+                return
+            cast("Any", part).reset_iter_state()
 
 
 def require_readable(model: nn.Module) -> None:

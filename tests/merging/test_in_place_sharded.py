@@ -3,6 +3,7 @@ nothing happened, also when a rank failed."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from mergeready.errors import NonFiniteError
 from mergeready.experts import LiveExpert
 from mergeready.merging import MergedInPlace
 from mergeready.training.surrogates import Surrogates, synthetic_peers
+from mergeready.training.techniques.moving import moved
 from mergeready.weights.ranks import Ranks
 from mergeready.weights.shards import local
 from tests.ranks import run_ranks
@@ -140,6 +142,34 @@ def test_training_is_the_same_with_and_without_probes(folder: Path, layout: str,
     for rank in (0, 1):
         assert equal(probed[rank]["state"], without[rank]["state"])
         assert probed[rank]["caught"] == (["only here"] * 4 if raising and rank == 1 else [])
+
+
+def trained_after_a_pass_that_raised(folder: Path, how: str) -> dict[str, Tensor]:
+    """Four steps, with passes between that raise in the middle of the model, where its root is still gathered."""
+    model: Any = spread(Net(), "fsdp2")
+    live = LiveExpert(model, folder / "base", Ranks.world())
+
+    def fail(*_: Any) -> None:
+        raise ValueError("midway")
+
+    def probe(step: int) -> None:
+        hook = model.layers[1].register_forward_hook(fail)
+        merged: Any = MergedInPlace(live, None, peers(folder), "ties", scale=0.5)
+        if how == "moved":
+            merged = moved(model, [(local(target), local(target) * 2) for target in live.targets.values()])
+        with suppress(ValueError), merged, torch.no_grad():
+            model(X)
+        hook.remove()
+
+    train(model, 0, 4, None if how == "never" else probe)
+    return full_state(model)
+
+
+def test_pitfall_a_pass_that_raises_midway_leaves_fsdp2_gathered(folder: Path) -> None:
+    without = run_ranks(trained_after_a_pass_that_raised, 2, folder, "never")
+    for how in ("merged", "moved"):
+        for found in run_ranks(trained_after_a_pass_that_raised, 2, folder, how):
+            assert equal(found, without[0]), how
 
 
 def nan_on_one_rank(folder: Path) -> str:

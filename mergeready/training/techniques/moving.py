@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from mergeready.weights.shards import reshard
+from mergeready.weights.shards import forget_pass, reshard
 
 
 @contextmanager
@@ -25,6 +25,9 @@ def moved(model: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[
                 kept.append((target, target.clone()))
                 target.copy_(values)
         yield
+    except BaseException:
+        forget_pass(model)
+        raise
     finally:
         if kept:
             reshard(model)
