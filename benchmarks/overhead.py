@@ -18,6 +18,7 @@ import itertools
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,7 @@ PEERS, BATCH, TOKENS = 4, 16, 64
 SECONDS = {"full": 48.0, "lora": 12.0}
 PLAIN_STEPS = 6
 PROBE_BUDGET = 0.1
+SAMPLED_STEPS = 12
 MANY = (1, 2, 4, 8, 16, 32)
 FRAMEWORKS = ("transformers", "lightning", "accelerate")
 PACES = {"cpu": "CPU", "clock": "clock"}
@@ -49,6 +51,8 @@ def cells() -> Iterator[tuple[str, dict[str, Any]]]:
             f"probe {framework}",
             {"framework": framework, "kind": "full", "precision": "fp32", "ranks": 1, "probed": True},
         )
+    for kind in ("full", "lora"):
+        yield f"sampled {kind}", {"sampled": kind}
     yield "peers", {"peers": MANY}
 
 
@@ -335,8 +339,46 @@ def against_many(folder: Path, counts: list[int]) -> dict[str, Any]:
     return {"rows": rows, "model_bytes": sum(p.numel() * p.element_size() for p in model.parameters())}
 
 
+def at_every_step(folder: Path, kind: str) -> dict[str, Any]:
+    """Estimates from sampled coordinates after each of a few training steps: what both take."""
+    import torch
+
+    from mergeready.experts import Base, LiveExpert
+    from mergeready.training.peers import open_peers
+    from mergeready.training.sampled import Sampler
+
+    torch.set_num_threads(1)
+    model, batch = model_of(folder, kind), batch_of()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    live = LiveExpert(model, Base.open(folder / "base") if kind == "full" else None)
+    peers = open_peers([folder / f"peer-{index}" for index in range(PEERS)], live.base)
+    began = time.process_time()
+    sampler = Sampler(live, peers)
+    times = [began, time.process_time()]
+    for step in range(1, SAMPLED_STEPS + 1):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(time.process_time())
+        sampler.measure(step)
+        times.append(time.process_time())
+    spent = [b - a for a, b in itertools.pairwise(times)]
+    training, sampling = statistics.median(spent[1::2]), statistics.median(spent[2::2])
+    return {
+        "share": sampling / training,
+        "sampling_seconds": sampling,
+        "step_seconds": training,
+        "start_seconds": spent[0],
+    }
+
+
 def child(folder: Path, cell: dict[str, Any], watched: bool) -> None:
-    found = against_many(folder, list(cell["peers"])) if "peers" in cell else train(folder, cell, watched)
+    if "peers" in cell:
+        found = against_many(folder, list(cell["peers"]))
+    elif "sampled" in cell:
+        found = at_every_step(folder, cell["sampled"])
+    else:
+        found = train(folder, cell, watched)
     if first_rank():
         print(json.dumps(found), flush=True)
 
@@ -381,7 +423,7 @@ def added_memory(folder: Path, cell: dict[str, Any]) -> dict[str, float]:
 
 def measured(folder: Path, cell: dict[str, Any]) -> dict[str, Any]:
     """One cell's result."""
-    if "peers" in cell:
+    if "peers" in cell or "sampled" in cell:
         return run_child(folder, cell, watched=True)
     if cell["ranks"] > 1:
         alone = run_child(folder, {**cell, "ranks": 1}, watched=False)
@@ -403,7 +445,12 @@ def measured(folder: Path, cell: dict[str, Any]) -> dict[str, Any]:
 def table(results: dict[str, Any], notes: list[str]) -> str:
     """The results as a page; notes are what somebody wrote into the results by hand, and are shown as such."""
     noted = [line for note in notes for line in ("", f"Noted by hand: {note}")]
-    return "\n".join([*_measuring(results), *noted, *_probing(results), *_many_peers(results)]) + "\n"
+    return (
+        "\n".join(
+            [*_measuring(results), *noted, *_probing(results), *_sampling(results), *_many_peers(results)]
+        )
+        + "\n"
+    )
 
 
 def _measuring(results: dict[str, Any]) -> list[str]:
@@ -424,7 +471,7 @@ def _measuring(results: dict[str, Any]) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, cell in cells():
-        if cell.get("probed") or "peers" in cell:
+        if cell.get("probed") or "peers" in cell or "sampled" in cell:
             continue
         if name not in results:
             lines.append(f"| {' | '.join(name.split())} | not measured | | | | | |")
@@ -460,6 +507,26 @@ def _probing(results: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _sampling(results: dict[str, Any]) -> list[str]:
+    found = {name: results[name] for name in ("sampled full", "sampled lora") if name in results}
+    return [
+        "",
+        "## Estimates at every step",
+        "",
+        "`sampled_every=1`, which is not the default: CPU seconds of an estimate over those of a training step, medians"
+        f" of {SAMPLED_STEPS}. Its time depends on how many parameters and peers there are, not on their sizes and on"
+        " batches, so it is a smaller share of larger trainings.",
+        "",
+        "| trained | share | estimate (ms) | step (ms) | start (s) |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {name.split()[1]} | {cell['share']:.2%} | {cell['sampling_seconds'] * 1e3:.1f} | "
+            f"{cell['step_seconds'] * 1e3:.0f} | {cell['start_seconds']:.2f} |"
+            for name, cell in found.items()
+        ),
+    ]
+
+
 def _many_peers(results: dict[str, Any]) -> list[str]:
     if "peers" not in results:
         return []
@@ -469,8 +536,9 @@ def _many_peers(results: dict[str, Any]) -> list[str]:
         "",
         "## Peers",
         "",
-        f"One measurement of a model of {size / 2**20:.0f} MiB. Peers stay on disk: of each, a few pieces of"
-        " a parameter (1 MiB each) are in memory while they are compared, on the device that trains too.",
+        f"One measurement of a model of {size / 2**20:.0f} MiB. Peers stay on disk: of all together some 30 MiB,"
+        " pieces of one parameter, are in memory while they are compared, on the device that trains too; with more than"
+        " eight peers pieces are smaller.",
         "",
         "| peers | CPU seconds | peak memory beyond that with one peer |",
         "|---|---|---|",

@@ -66,7 +66,8 @@ class LowRank:
     def pick(self, places: Tensor) -> Tensor:
         """Single elements by their numbers in row-major order, fp32: of each, r products."""
         columns = self.A.shape[1]
-        return (self.B[places // columns].float() * self.A.T[places % columns].float()).sum(1)
+        rows, own = self.B.index_select(0, places // columns), self.A.T.index_select(0, places % columns)
+        return (rows.float() * own.float()).sum(1)
 
     def norm(self) -> float:
         """Frobenius norm, from the r × r Gram matrices: ‖BA‖² = tr(BᵀB · AAᵀ)."""

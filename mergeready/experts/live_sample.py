@@ -61,12 +61,14 @@ class LiveSample:
                 own.append(inside.nonzero().flatten() + self._first[name])
                 self._picks.append(partial(live.pick, name, block.to(live.targets[name].device)))
         self._own = torch.cat([torch.zeros(0, dtype=torch.long), *own])
+        self._is_whole = len(self._own) == self.size  # and in order, then
         if not isinstance(live.vector, AdapterTaskVector):
             base = live.base.source
             self._base = self.of(lambda name, start, stop: base.read_flat(name, start, stop).float())[
                 self._own
             ].float()
 
+    @torch.no_grad()
     def read(self) -> Tensor:
         """The values of this moment, float64 on the CPU, the whole sample on every rank; waits for a device once."""
         found = torch.zeros(self.size, dtype=torch.float64)
@@ -74,7 +76,8 @@ class LiveSample:
             values = [pick() for pick in self._picks]
         if values:
             picked = torch.cat(values).cpu()
-            found[self._own] = (picked if self._base is None else picked - self._base).double()
+            change = picked if self._base is None else picked - self._base
+            found = change.double() if self._is_whole else found.index_copy_(0, self._own, change.double())
         self._live.ranks.add([found])
         return found
 

@@ -150,7 +150,9 @@ class HistoryFile(History):
         with self.path.open("a", encoding="utf-8") as file:
             file.write(_line(record))
             file.flush()
-            os.fsync(file.fileno())
+            # There may be one of these at every step. Should the machine lose them, a resumed run writes them again.
+            if not isinstance(record, SampledRecord):
+                os.fsync(file.fileno())
 
 
 def read_history(path: str | Path) -> History:

@@ -61,7 +61,7 @@ class Sampler:
         self._names = list(numels)
         self._sample = LiveSample(live, places)
         self._strata = Strata(list(numels.values()), [len(wanted) for wanted in places.values()])
-        self._labels = [peer.label for peer in [*peers, *sketched]]
+        self._labels = [*(peer.label for peer in peers), *(peer.label for peer in sketched)]
         rows = [self._sample.of(_reader(peer)) for peer in peers]
         rows += [_from_fingerprint(peer, places) for peer in sketched]
         norms = [peer.norms for peer in peers] + [peer.fingerprint.norms for peer in sketched]

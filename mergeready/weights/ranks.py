@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from mergeready import errors
 from mergeready.errors import LostRankError, MergeReadyError, UnsupportedError
+
+logger = logging.getLogger("mergeready")
 
 T = TypeVar("T")
 
@@ -120,6 +123,14 @@ class Ranks:
                 value = action()
         return self.same(value)  # type: ignore[no-any-return]
 
+    def _wait_until_read(self) -> None:
+        """A process that ends at once takes with it what others have not received yet: why it failed."""
+        try:
+            dist.barrier(group=self._group)
+        except RuntimeError as error:
+            # Another has ended, so it has received all.
+            logger.debug("a rank ended before all others knew of a failure (%s)", error)
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """A section that succeeds on every rank or raises on every rank.
@@ -137,8 +148,11 @@ class Ranks:
             yield
         except Exception as error:
             self.each(_described(error))
+            self._wait_until_read()
             raise
         failures = self.each(None)
+        if any(failure is not None for failure in failures):
+            self._wait_until_read()
         for rank, failure in enumerate(failures):
             if failure is not None:
                 raise _rebuilt(rank, *failure)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -54,6 +55,34 @@ def test_what_ranks_tell_each_other() -> None:
         else:
             assert own == ("EvaluationError", "on rank 1: no data")
             assert foreign == ("MergeReadyError", "rank 1 raised Strange: odd")
+
+
+def leaving() -> tuple[float, float]:
+    """When this rank had read who failed, and when it left the section; the first one takes its time."""
+    ranks = Ranks.world()
+    each, read = ranks.each, 0.0
+
+    def late(value: Any) -> Any:
+        nonlocal read
+        found = each(value)
+        time.sleep(0.5 if ranks.rank == 0 else 0)
+        read = time.monotonic()
+        return found
+
+    ranks.each = late  # type: ignore[method-assign]
+    try:
+        with ranks.together():
+            if ranks.rank == 1:
+                raise Strange("odd")
+    except (Strange, MergeReadyError):
+        return read, time.monotonic()
+    return 0.0, 0.0
+
+
+def test_a_rank_that_failed_waits_until_others_have_read_why() -> None:
+    """It may end then and there, and what it sent would end with it."""
+    (read, _), (_, left) = run_ranks(leaving, 2)
+    assert 0 < read < left
 
 
 def test_alone() -> None:
