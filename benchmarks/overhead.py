@@ -509,6 +509,8 @@ def _probing(results: dict[str, Any]) -> list[str]:
 
 def _sampling(results: dict[str, Any]) -> list[str]:
     found = {name: results[name] for name in ("sampled full", "sampled lora") if name in results}
+    if not found:
+        return []
     return [
         "",
         "## Estimates at every step",
