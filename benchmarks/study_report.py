@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import late_updates_page
+from benchmarks import late_updates_page, lora_results, technique_results
 from benchmarks.text_experts import ExpertSpec
 from mergeready.study.cells import EXPERT
 from mergeready.study.report import write_report
@@ -38,9 +38,14 @@ from mergeready.study.tables import (
 
 ROOT = Path(__file__).parent.parent
 STUDIES, KEPT, DOCS = ROOT / "benchmarks/studies", ROOT / "benchmarks/results/study", ROOT / "docs"
-NAMES = ("overtraining", "schedules", "memorization")
+NAMES = ("overtraining", "vision", "schedules", "memorization", "techniques", "techniques_seeds", "lora")
 COUNTS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-MODELS = {"minilm_l6": "MiniLM-L6", "minilm_l3": "MiniLM-L3"}
+MODELS = {
+    "minilm_l6": "MiniLM-L6",
+    "minilm_l3": "MiniLM-L3",
+    "squeezenet": "SqueezeNet",
+    "efficientnet_lite0": "EfficientNet-Lite0",
+}
 PAIRS = (
     ("reducing the rate on plateau in place of cosine, both to the end,", "plateau+end", "cosine+end"),
     ("stopping early under cosine", "cosine+early", "cosine+end"),
@@ -132,8 +137,8 @@ def load(name: str) -> Study:
 def pages(studies: dict[str, Study]) -> dict[str, str]:
     """The pages' texts, by file name."""
     return {
-        "study.md": _study_page(studies["overtraining"], studies["memorization"]),
-        "results.md": _results_page(studies["schedules"]),
+        "study.md": _study_page(studies["overtraining"], studies["vision"], studies["memorization"]),
+        "results.md": _results_page(*(studies[name] for name in ("schedules", "techniques", "techniques_seeds", "lora"))),
     }
 
 
@@ -145,7 +150,7 @@ def _draw(name: str, study: Study) -> None:
             shutil.copyfile(path, target)
 
 
-def _study_page(curve: Study, noise: Study) -> str:
+def _study_page(curve: Study, vision: Study, noise: Study) -> str:
     parts = [
         "# Does overtraining harm merging?",
         _curve_text(curve),
@@ -153,9 +158,11 @@ def _study_page(curve: Study, noise: Study) -> str:
         _tasks_text(curve.results),
         late_updates_page.section(curve.results),
     ]
+    if vision.results.contents:
+        parts.append(_vision_text(vision))
     if noise.results.contents:
         parts.append(_noise_text(noise))
-    parts += [HOW.strip(), _cost([curve, noise]) + _experts_cost(curve) + " " + MORE]
+    parts += [HOW.strip(), _cost([curve, vision, noise]) + _experts_cost(curve) + " " + MORE]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
@@ -177,9 +184,9 @@ and seed on {suite["validation"]} validation examples a task, by a search that w
 """
 
 
-def _conclusions(results: Results) -> str:
+def _conclusions(results: Results, title: str = "##") -> str:
     arm, end = results.labels("arm")[0], results.steps(results.labels("arm")[0])[-1]
-    lines = [f"## What training to step {end} does", "", peak_table(results), ""]
+    lines = [f"{title} What training to step {end} does", "", peak_table(results), ""]
     falls = []
     for method in merge_labels(results):
         best = results.best_step(arm, method)
@@ -258,6 +265,23 @@ intervals over test examples).
 """
 
 
+def _vision_text(study: Study) -> str:
+    results, suite, trained = study.results, study.suite, study.arm
+    return f"""
+## The same question on images
+
+{COUNTS[study.tasks].capitalize()} image tasks ({", ".join(study.settings.tasks or ())}), {MODELS[suite["backbone"]]} at 64 pixels with frozen linear heads,
+all other weights trained by AdamW at {_rate(trained.learning_rate)}, batch {trained.batch_size}, {trained.schedule.kind} rate, on up to {suite["train"]:,} examples a task;
+{_seeds(results)}. Scales and steps are chosen on {suite["validation"]} validation examples a task.
+
+![Accuracy of experts and merges of images](study/vision-curves.png)
+
+{curve_table(results, results.labels("arm")[0])}
+
+{_conclusions(results, "###")}
+"""
+
+
 def _noise_text(study: Study) -> str:
     results, arm = study.results, study.results.labels("arm")[0]
     steps, lines = results.steps(arm), []
@@ -303,7 +327,7 @@ def _kept_share(merged: Sample | None, experts: Sample | None) -> float:
     return merged.value / experts.value if merged and experts and experts.value else float("nan")
 
 
-def _results_page(study: Study) -> str:
+def _results_page(study: Study, screening: Study, seeds: Study, lora: Study) -> str:
     results, suite, trained = study.results, study.suite, study.arm
     if not results.contents:
         return f"# What training choices do to a merge\n\nNot measured yet.\n\n{RECOMMENDED.strip()}\n"
@@ -338,15 +362,13 @@ Runs ended at these steps, on average over tasks: {_ended(results)}.
 
 Of these {len(changes)} differences, {told} have an interval that excludes 0.
 
-## Not measured yet
+{technique_results.section((screening.settings, screening.results), (seeds.settings, seeds.results))}
 
-Techniques (SimulatedMerge, sharpness-aware training, weight averages, penalties, sparse masks, attention-only training), the
-vision suites and LoRA were not part of these runs. Nothing on this page speaks for or against them, and mergeready's defaults use
-none of them.
+{lora_results.section(lora.settings, lora.results)}
 
 {RECOMMENDED.strip()}
 
-{_cost([study])} {MORE}
+{_cost([study, screening, seeds, lora])} {MORE}
 """
 
 

@@ -1,0 +1,250 @@
+"""What ways of training do to a merge: the part of docs/results.md that comes from the studies of techniques.
+
+Sentences are made from the cells by rule: a change is called one where its 95 % interval excludes 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mergeready.study.cells import EXPERT
+from mergeready.study.results import Results, Sample
+from mergeready.study.settings import StudySettings
+from mergeready.study.tables import markdown, merge_labels, plain, shown, signed
+
+PLAIN, PLATEAU = "cosine", "plateau"
+VALIDATED, JOINT = "best_validation", "best merge"
+WANTED_GAIN, WANTED_OVER_PLATEAU, ALLOWED_LOSS, ALLOWED_TIME = 0.05, 0.02, 0.01, 1.05
+"""What a technique would have to reach to be a default: points of accuracy, and times the plain run."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """One way to get a merge: how to train, when to stop, how to merge."""
+
+    arm: str
+    stop: str
+    method: str
+
+    def at(self, results: Results) -> str:
+        """The checkpoint that the stop means; the step of the best merge is chosen on validation examples."""
+        if self.stop == "end":
+            return str(results.steps(self.arm)[-1])
+        return str(results.best_step(self.arm, self.method)) if self.stop == JOINT else self.stop
+
+    def sample(self, results: Results) -> Sample | None:
+        """Test values."""
+        return results.sample(self.arm, self.at(results), self.method)
+
+    def minus(self, other: Place, results: Results) -> Sample | None:
+        """The difference to another, over common seeds."""
+        ours, theirs = ((place.arm, place.at(results), place.method) for place in (self, other))
+        return results.difference(ours, theirs)
+
+    def __str__(self) -> str:
+        return f"{self.arm}, {self.stop.replace('_', ' ')}, {self.method}"
+
+
+STOPS = ("end", VALIDATED, JOINT)
+
+
+def section(screening: tuple[StudySettings, Results], seeds: tuple[StudySettings, Results]) -> str:
+    """The text.
+
+    Args:
+        screening: The study of all arms with one seed.
+        seeds: The study of the best ones with several.
+    """
+    settings, found = screening
+    if not found.contents:
+        return "## Techniques\n\nNot measured yet."
+    shared, suite = settings.arms[PLAIN], settings.suite.arguments
+    about = f"""## Techniques: a screening
+
+Every technique alone on {len(settings.tasks or ())} text tasks ({suite["backbone"]}, {suite["train"]} training examples a task,
+{max(settings.steps)} steps of batch {shared.batch_size}, cosine from {shared.learning_rate:g} unless the arm says otherwise), one seed; the merge's scale is searched
+anew for every arm on {suite["validation"]} validation examples a task. Brackets are 95 % bootstrap intervals over {suite["test"]} test examples a task and
+say nothing of seeds. `{PLAIN}` is plain training to the end, `{PLATEAU}` lowers the rate on plateau and stops. Time is CPU time of a run against `{PLAIN}`'s,
+on a shared machine. What each arm sets is in `benchmarks/studies/techniques.yaml`.
+
+{screening_table(found)}
+
+{screening_text(found)}"""
+    settings, found = seeds
+    if not found.contents:
+        return about
+    return f"""{about}
+
+## The best of them, over seeds
+
+{len(found.labels("seed"))} seeds, {len(merge_labels(found))} merge methods, three moments to stop: the end; each expert's own best checkpoint on
+validation ("best validation"); and the step at which the merge itself is best on validation, the same for all experts ("best merge", what stopping by probes
+comes to on this grid). Brackets are 95 % t intervals over seeds.
+
+![Arms side by side](study/techniques_seeds-arms.png)
+
+{seeds_table(found)}
+
+Against `{PLAIN}` at its end, with the same merge method:
+
+{change_table(found)}
+
+{seeds_text(found)}"""
+
+
+def screening_table(results: Results) -> str:
+    """Arms by what they change of the first method's merges, best first."""
+    methods = merge_labels(results)
+    arms = sorted(results.labels("arm"), key=lambda arm: -_value(Place(arm, "end", methods[0]), results))
+    lines = []
+    for arm in arms:
+        row = [f"`{arm}`", f"{_time(results, arm):.2f}"]
+        for method in (EXPERT, *methods):
+            place, plain_one = Place(arm, "end", method), Place(PLAIN, "end", method)
+            change = "" if arm == PLAIN else f" ({signed(place.minus(plain_one, results))})"
+            row.append(plain(place.sample(results)) + change)
+        lines.append(row)
+    return markdown(
+        ["arm", "time", f"experts at the end (− {PLAIN})", *(f"{m} (− {PLAIN})" for m in methods)], lines
+    )
+
+
+def screening_text(results: Results) -> str:
+    """Which arms differ from plain training, as one sentence a method."""
+    lines = []
+    for method in merge_labels(results):
+        changes = {
+            arm: Place(arm, "end", method).minus(Place(PLAIN, "end", method), results)
+            for arm in results.labels("arm")
+            if arm != PLAIN
+        }
+        better = [arm for arm, change in changes.items() if change is not None and _sign(change) > 0]
+        worse = [arm for arm, change in changes.items() if change is not None and _sign(change) < 0]
+        lines.append(
+            f"- Merged with **{method}**: {_names(better)} raise{'s' if len(better) == 1 else ''} accuracy, {_names(worse)} "
+            f"lower{'s' if len(worse) == 1 else ''} it, and {len(changes) - len(better) - len(worse)} of {len(changes)} arms "
+            "cannot be told from plain training."
+        )
+    return "\n".join(lines)
+
+
+def seeds_table(results: Results) -> str:
+    """Arms and stops against methods; accuracy, and the share of the experts' gain that is kept."""
+    methods, lines = merge_labels(results), []
+    for arm in results.labels("arm"):
+        for stop in STOPS:
+            expert = Place(arm, "end" if stop == JOINT else stop, EXPERT).sample(results)
+            row = [f"`{arm}`", stop.replace("_", " "), "" if stop == JOINT else shown(expert)]
+            for method in methods:
+                place = Place(arm, stop, method)
+                row.append(shown(place.sample(results)) + _kept(place, results))
+            lines.append(row)
+    return markdown(["arm", "stop", "experts", *(f"{m} (share kept)" for m in methods)], lines)
+
+
+def change_table(results: Results) -> str:
+    """What each arm changes at the end."""
+    lines = [
+        [
+            f"`{arm}`",
+            f"{_time(results, arm):.2f}",
+            *(
+                signed(Place(arm, "end", m).minus(Place(PLAIN, "end", m), results))
+                for m in (EXPERT, *merge_labels(results))
+            ),
+        ]
+        for arm in results.labels("arm")
+        if arm != PLAIN
+    ]
+    return markdown(["arm", "time", "experts", *merge_labels(results)], lines)
+
+
+def seeds_text(results: Results) -> str:
+    """The three questions that a default has to answer."""
+    methods = merge_labels(results)
+    leading = "task_arithmetic"
+    lines = []
+    for arm in _techniques(results):
+        gain = Place(arm, "end", leading).minus(Place(PLAIN, "end", leading), results)
+        over = Place(arm, "end", leading).minus(Place(PLATEAU, "end", leading), results)
+        loss = Place(arm, "end", EXPERT).minus(Place(PLAIN, "end", EXPERT), results)
+        if gain is None or over is None or loss is None:
+            continue
+        missed = [
+            what
+            for what, reached in (
+                (f"{WANTED_GAIN:.2f} over `{PLAIN}`", gain.value >= WANTED_GAIN and _sign(gain) > 0),
+                (f"{WANTED_OVER_PLATEAU:.2f} over `{PLATEAU}`", over.value >= WANTED_OVER_PLATEAU and _sign(over) > 0),
+                (f"an expert that loses at most {ALLOWED_LOSS:.2f}", loss.value >= -ALLOWED_LOSS),
+                (f"at most {ALLOWED_TIME - 1:.0%} more time", _time(results, arm) <= ALLOWED_TIME),
+            )
+            if not reached
+        ]
+        lines.append(
+            f"- `{arm}`, merged with {leading}: {signed(gain)} against `{PLAIN}`, {signed(over)} against `{PLATEAU}`, experts {signed(loss)}, "
+            f"{_time(results, arm):.2f} × the time. " + (f"It misses {_and(missed)}." if missed else "It reaches every goal.")
+        )
+    places = [Place(a, s, m) for a in results.labels("arm") for s in STOPS for m in methods]
+    best = max(places, key=lambda place: _validation(place, results))
+    rival = max((Place(PLAIN, "end", m) for m in methods), key=lambda place: _validation(place, results))
+    difference = best.minus(rival, results)
+    lines.append(
+        f"- The best combination by validation is **{best}**: {shown(best.sample(results))}. Plain training to the end under its own best merge method, "
+        f"{rival.method}, gives {shown(rival.sample(results))}; the difference is {signed(difference)}"
+        + ("" if best == rival or difference is None else f", which is {'told from 0' if _sign(difference) else 'not told from 0'}")
+        + "."
+    )
+    method_gain = rival.minus(Place(PLAIN, "end", leading), results)
+    if rival.method != leading:
+        lines.append(
+            f"- For comparison, changing nothing but the merge method, from {leading} to {rival.method}, is {signed(method_gain)}."
+        )
+    return "\n".join(lines)
+
+
+def _techniques(results: Results) -> list[str]:
+    return [arm for arm in results.labels("arm") if arm not in (PLAIN, PLATEAU)]
+
+
+def _validation(place: Place, results: Results) -> float:
+    value = results.validation(place.arm, place.at(results), place.method)
+    return -np.inf if value is None else results.sign * value
+
+
+def _value(place: Place, results: Results) -> float:
+    sample = place.sample(results)
+    return -np.inf if sample is None else sample.value
+
+
+def _kept(place: Place, results: Results) -> str:
+    """Share of its own experts' gain over the base that a merge keeps."""
+    merged, at = place.sample(results), place.at(results)
+    expert, base = results.sample(place.arm, at, EXPERT), results.base(place.arm, at)
+    if merged is None or expert is None or base is None or expert.value <= base.value:
+        return ""
+    return f" ({(merged.value - base.value) / (expert.value - base.value):.0%})"
+
+
+def _time(results: Results, arm: str) -> float:
+    """CPU time of a run as it was meant to be, against plain training's."""
+    ours, theirs = results.training_seconds(arm), results.training_seconds(PLAIN)
+    return float("nan") if ours is None or theirs is None else ours / theirs
+
+
+def _sign(sample: Sample) -> int:
+    """1 or −1 where the interval excludes 0, over seeds where there are several, else over examples."""
+    estimate = sample.estimate()
+    if estimate.low is None or estimate.high is None:
+        return 0
+    return int(estimate.low > 0) - int(estimate.high < 0)
+
+
+def _names(arms: Sequence[str]) -> str:
+    return _and([f"`{arm}`" for arm in arms]) if arms else "no arm"
+
+
+def _and(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
