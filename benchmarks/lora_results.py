@@ -26,7 +26,9 @@ def section(settings: StudySettings, results: Results) -> str:
             difference = results.difference((one, end, method), (two, end, method))
             if difference is not None:
                 whose = "the experts'" if method == EXPERT else f"the {method} merge's"
-                lines.append(f"- {what[0].upper()}{what[1:]} changes {whose} accuracy by {signed(difference)}.")
+                lines.append(
+                    f"- {what[0].upper()}{what[1:]} changes {whose} accuracy by {signed(difference)}."
+                )
     return f"""## LoRA: rank, and where adapters start
 
 Adapters of all linear layers of {suite["backbone"]}, {len(settings.tasks or ())} text tasks, {suite["train"]} examples a task, AdamW {trained.learning_rate:g}, batch {trained.batch_size},

@@ -10,6 +10,7 @@ every setting from the studies' files.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -120,10 +121,11 @@ class Study:
 
 def main() -> None:
     studies = {name: load(name) for name in NAMES}
+    texts = pages(studies)
     for name, study in studies.items():
-        _draw(name, study)
+        _draw(name, study, set(re.findall(r"study/([\w-]+\.png)", "".join(texts.values()))))
     late_updates_page.draw(studies["overtraining"].results, DOCS / "study")
-    for name, text in pages(studies).items():
+    for name, text in texts.items():
         (DOCS / name).write_text(text, encoding="utf-8")
         print(DOCS / name)
 
@@ -138,16 +140,18 @@ def pages(studies: dict[str, Study]) -> dict[str, str]:
     """The pages' texts, by file name."""
     return {
         "study.md": _study_page(studies["overtraining"], studies["vision"], studies["memorization"]),
-        "results.md": _results_page(*(studies[name] for name in ("schedules", "techniques", "techniques_seeds", "lora"))),
+        "results.md": _results_page(
+            *(studies[name] for name in ("schedules", "techniques", "techniques_seeds", "lora"))
+        ),
     }
 
 
-def _draw(name: str, study: Study) -> None:
+def _draw(name: str, study: Study, shown: set[str]) -> None:
     """Write the tables, and copy the pictures that pages show."""
     for path in write_report(Runner(study.settings, KEPT / name)):
-        target = DOCS / "study" / f"{name}-{path.name}"
-        if target.exists():
-            shutil.copyfile(path, target)
+        picture = f"{name}-{path.name}"
+        if picture in shown:
+            shutil.copyfile(path, DOCS / "study" / picture)
 
 
 def _study_page(curve: Study, vision: Study, noise: Study) -> str:

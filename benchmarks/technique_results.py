@@ -124,8 +124,8 @@ def screening_text(results: Results) -> str:
         better = [arm for arm, change in changes.items() if change is not None and _sign(change) > 0]
         worse = [arm for arm, change in changes.items() if change is not None and _sign(change) < 0]
         lines.append(
-            f"- Merged with **{method}**: {_names(better)} raise{'s' if len(better) == 1 else ''} accuracy, {_names(worse)} "
-            f"lower{'s' if len(worse) == 1 else ''} it, and {len(changes) - len(better) - len(worse)} of {len(changes)} arms "
+            f"- Merged with **{method}**: {_names(better)} raise{'s' if len(better) < 2 else ''} accuracy, {_names(worse)} "
+            f"lower{'s' if len(worse) < 2 else ''} it, and {len(changes) - len(better) - len(worse)} of {len(changes)} arms "
             "cannot be told from plain training."
         )
     return "\n".join(lines)
@@ -177,7 +177,10 @@ def seeds_text(results: Results) -> str:
             what
             for what, reached in (
                 (f"{WANTED_GAIN:.2f} over `{PLAIN}`", gain.value >= WANTED_GAIN and _sign(gain) > 0),
-                (f"{WANTED_OVER_PLATEAU:.2f} over `{PLATEAU}`", over.value >= WANTED_OVER_PLATEAU and _sign(over) > 0),
+                (
+                    f"{WANTED_OVER_PLATEAU:.2f} over `{PLATEAU}`",
+                    over.value >= WANTED_OVER_PLATEAU and _sign(over) > 0,
+                ),
                 (f"an expert that loses at most {ALLOWED_LOSS:.2f}", loss.value >= -ALLOWED_LOSS),
                 (f"at most {ALLOWED_TIME - 1:.0%} more time", _time(results, arm) <= ALLOWED_TIME),
             )
@@ -185,7 +188,8 @@ def seeds_text(results: Results) -> str:
         ]
         lines.append(
             f"- `{arm}`, merged with {leading}: {signed(gain)} against `{PLAIN}`, {signed(over)} against `{PLATEAU}`, experts {signed(loss)}, "
-            f"{_time(results, arm):.2f} × the time. " + (f"It misses {_and(missed)}." if missed else "It reaches every goal.")
+            f"{_time(results, arm):.2f} × the time. "
+            + (f"It misses {_and(missed)}." if missed else "It reaches every goal.")
         )
     places = [Place(a, s, m) for a in results.labels("arm") for s in STOPS for m in methods]
     best = max(places, key=lambda place: _validation(place, results))
@@ -194,7 +198,11 @@ def seeds_text(results: Results) -> str:
     lines.append(
         f"- The best combination by validation is **{best}**: {shown(best.sample(results))}. Plain training to the end under its own best merge method, "
         f"{rival.method}, gives {shown(rival.sample(results))}; the difference is {signed(difference)}"
-        + ("" if best == rival or difference is None else f", which is {'told from 0' if _sign(difference) else 'not told from 0'}")
+        + (
+            ""
+            if best == rival or difference is None
+            else f", which is {'told from 0' if _sign(difference) else 'not told from 0'}"
+        )
         + "."
     )
     method_gain = rival.minus(Place(PLAIN, "end", leading), results)
