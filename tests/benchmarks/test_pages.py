@@ -17,6 +17,7 @@ from benchmarks import (
     method_order,
     overhead,
     study_report,
+    study_words,
 )
 from mergeready.study.table import rows
 from mergeready.study.tables import tables
@@ -49,21 +50,21 @@ def test_tables_beside_results_are_what_the_results_give(name: str) -> None:
 
 @pytest.mark.parametrize("name", study_report.NAMES)
 def test_tables_of_studies_are_what_their_cells_give(name: str) -> None:
-    found, folder = study_report.load(name).results, RESULTS / "study" / name
+    found, folder = study_words.load(name).results, RESULTS / "study" / name
     assert (folder / "tables.md").read_text("utf-8") == tables(found, name)
     assert pq.read_table(folder / "results.parquet").to_pylist() == list(rows(found.contents))
 
 
 def test_what_the_study_says_of_late_updates_and_metrics_is_what_was_measured() -> None:
-    section = late_updates_page.section(study_report.load("overtraining").results)
+    section = late_updates_page.section(study_words.load("overtraining").results)
     assert section in (ROOT / "docs/study.md").read_text("utf-8")
 
 
 def test_the_readme_says_what_the_study_found() -> None:
     text = " ".join((ROOT / "README.md").read_text("utf-8").split())
-    study = study_report.load("overtraining")
+    study = study_words.load("overtraining")
     found, end = study.results, max(study.settings.steps)
-    counts = study_report.COUNTS
+    counts = study_words.COUNTS
     assert f"{counts[study.tasks]} text tasks, full fine-tuning of MiniLM-L6, {counts[3]} seeds" in text
     assert len(study.settings.seeds) == 3
 

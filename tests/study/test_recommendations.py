@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks import study_report
+from benchmarks import study_report, study_words
 from mergeready.merging import method_names
 from mergeready.study.results import Results
 from mergeready.study.settings import RateSettings
@@ -19,8 +19,8 @@ SITUATIONS = yaml.safe_load((ROOT / "mergeready/recommendations.yaml").read_text
 
 
 @cache
-def study(name: str) -> study_report.Study:
-    return study_report.load(name)
+def study(name: str) -> study_words.Study:
+    return study_words.load(name)
 
 
 def kept(name: str) -> Results:

@@ -1,0 +1,237 @@
+"""docs/study.md: does overtraining harm merging?"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+
+from benchmarks import late_updates_page
+from benchmarks.study_words import (
+    COUNTS,
+    KEPT,
+    MODELS,
+    MORE,
+    Study,
+    cost,
+    excludes_zero,
+    nothing,
+    over,
+    rate,
+    verdict,
+)
+from benchmarks.text_experts import ExpertSpec
+from mergeready.study.cells import EXPERT
+from mergeready.study.results import Results, Sample
+from mergeready.study.tables import curve_table, markdown, merge_labels, peak_table, plain, shown, signed
+
+WRONG, TRUE, RIGHT = "wrong labels", "their true labels", "right labels"
+HOW = """
+## Ask it of your own model
+
+```python
+from mergeready.study.settings import parse_study
+
+study = parse_study({
+    "name": "mine",
+    "suite": {"target": "my_tasks:suite"},        # returns a mergeready.study.suite.StudySuite
+    "seeds": [0, 1, 2],
+    "steps": [8, 32, 128, 512],
+    "axes": {
+        "schedule": {"constant": {}, "cosine": {"schedule": {"kind": "cosine"}}},
+        "stop": {"end": {}, "early": {"stop": {"patience": 3}}},
+    },
+    "methods": ["task_arithmetic", "ties", "tsv_m"],
+})
+print(list(study.arms))
+```
+
+Put the same into a file and run `mergeready study mine.yaml`. Each training run serves all checkpoints and merge
+methods; a study that was killed goes on where it was; `--only constant+end/0/128/ties-8` computes one cell again from
+scratch and compares; `--figures` draws everything again from what is kept.
+"""
+
+
+def page(curve: Study, vision: Study, noise: Study) -> str:
+    parts = [
+        "# Does overtraining harm merging?",
+        _curve_text(curve),
+        _conclusions(curve.results),
+        _tasks_text(curve.results),
+        late_updates_page.section(curve.results),
+    ]
+    if vision.results.contents:
+        parts.append(_vision_text(vision))
+    if noise.results.contents:
+        parts.append(_noise_text(noise))
+    parts += [HOW.strip(), cost([curve, vision, noise]) + _experts_cost(curve) + " " + MORE]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _curve_text(study: Study) -> str:
+    results, suite, spec = study.results, study.suite, ExpertSpec(task="")
+    arm, seeds = results.labels("arm")[0], results.labels("seed")
+    return f"""
+The question comes from Horoi et al. ([2506.14126](https://arxiv.org/abs/2506.14126)): experts that train long merge worse.
+It is contested, and the answer depends on how one merges. So: {COUNTS[study.tasks]} text tasks, {MODELS[suite["backbone"]]} with frozen zero-shot
+heads, all weights but the embeddings trained by AdamW at {rate(spec.learning_rate)} with batch {spec.batch_size} on
+{spec.train_examples:,} examples a task, {len(seeds)} seeds
+({", ".join(map(str, seeds))}). All {COUNTS[study.tasks]} experts are merged at each step; the scale is searched anew for every step, method
+and seed on {suite["validation"]} validation examples a task, by a search that widens until the optimum is inside;
+{suite["test"]} test examples a task are reported. Brackets are 95 % t intervals over seeds.
+
+![Accuracy of experts and merges against the training step](study/overtraining-curves.png)
+
+{curve_table(results, arm)}
+"""
+
+
+def _conclusions(results: Results, title: str = "##") -> str:
+    arm, end = results.labels("arm")[0], results.steps(results.labels("arm")[0])[-1]
+    lines = [f"{title} What training to step {end} does", "", peak_table(results), ""]
+    falls = []
+    for method in merge_labels(results):
+        best = results.best_step(arm, method)
+        difference = None if best is None else results.difference((arm, end, method), (arm, best, method))
+        if difference is None:
+            continue
+        if verdict(difference).startswith("falls"):
+            falls.append(method)
+        lines.append(
+            f"- Merged with **{method}**, accuracy {verdict(difference)} from step {best}, which validation chose, to step {end}: "
+            f"{plain(results.sample(arm, best, method))} to {plain(results.sample(arm, end, method))}, "
+            f"{signed(difference)} over seeds, {signed(difference, examples=True)} over examples."
+            if best != end
+            else f"- Merged with **{method}**, accuracy is best at the last step, {plain(results.sample(arm, end, method))}."
+        )
+    early = min((results.best_step(arm, m) or end for m in falls), default=end)
+    experts = results.difference((arm, end, EXPERT), (arm, early, EXPERT))
+    if experts is not None and early != end:
+        lines.append(
+            f"- The experts themselves {verdict(experts, 'gain', 'lose')} meanwhile: {signed(experts)} over seeds from "
+            f"step {early} to step {end}."
+        )
+    ranking = sorted(merge_labels(results), key=lambda m: -(results.sample(arm, end, m) or nothing()).value)
+    if len(ranking) > 1:
+        lines.append(_method_matters(results, arm, end, ranking[0]))
+    lines += [
+        "",
+        "A plain “falls” or “rises” is said where both intervals exclude 0, over seeds and over examples; “on these seeds” where only the one over examples does.",
+    ]
+    return "\n".join(lines)
+
+
+def _method_matters(results: Results, arm: str, end: int, best_method: str) -> str:
+    stopped = {m: results.best_step(arm, m) or end for m in merge_labels(results) if m != best_method}
+    rival = max(stopped, key=lambda m: (results.sample(arm, stopped[m], m) or nothing()).value)
+    difference = results.difference((arm, end, best_method), (arm, stopped[rival], rival))
+    largest = max(
+        abs(change.value)
+        for m in merge_labels(results)
+        if (change := results.difference((arm, end, m), (arm, results.best_step(arm, m) or end, m)))
+    )
+    matters = difference is not None and excludes_zero(difference) and difference.value > largest
+    claim = (
+        f"The merge method matters more than the moment (at most {largest:.3f} above)"
+        if matters
+        else "Across merge methods"
+    )
+    return (
+        f"- {claim}: {best_method} at step {end} against {rival}, the next best, at its best "
+        f"step {stopped[rival]} is {signed(difference)} over seeds, {signed(difference, examples=True)} over examples."
+    )
+
+
+def _tasks_text(results: Results) -> str:
+    arm = results.labels("arm")[0]
+    end, lines = results.steps(arm)[-1], []
+    chosen = [m for m in merge_labels(results) if results.best_step(arm, m) != end]
+    expert = results.sample(arm, end, EXPERT)
+    for task in expert.values if expert else []:
+        row = [task]
+        for method in chosen:
+            difference = results.difference(
+                (arm, end, method), (arm, results.best_step(arm, method) or end, method)
+            )
+            row.append(signed(Sample({task: difference.values[task]}), examples=True) if difference else "")
+        lines.append(row)
+    return f"""
+## Task by task
+
+Test accuracy at step {end} minus that at the step which validation chose for all tasks together (in brackets: 95 % bootstrap
+intervals over test examples).
+
+{markdown(["task", *(f"{m}, from step {results.best_step(arm, m)}" for m in chosen)], lines)}
+
+![Each task's curves](study/overtraining-tasks.png)
+"""
+
+
+def _vision_text(study: Study) -> str:
+    results, suite, trained = study.results, study.suite, study.arm
+    return f"""
+## The same question on images
+
+{COUNTS[study.tasks].capitalize()} image tasks ({", ".join(study.settings.tasks or ())}), {MODELS[suite["backbone"]]} at 64 pixels with frozen linear heads,
+all other weights trained by AdamW at {rate(trained.learning_rate)}, batch {trained.batch_size}, {trained.schedule.kind} rate, on up to {suite["train"]:,} examples a task;
+{over(results)}. Scales and steps are chosen on {suite["validation"]} validation examples a task.
+
+![Accuracy of experts and merges of images](study/vision-curves.png)
+
+{curve_table(results, results.labels("arm")[0])}
+
+{_conclusions(results, "###")}
+"""
+
+
+def _noise_text(study: Study) -> str:
+    results, arm = study.results, study.results.labels("arm")[0]
+    steps, lines = results.steps(arm), []
+    for method in [EXPERT, *merge_labels(results)]:
+        for extra in (WRONG, TRUE, RIGHT, None):
+            cells = [results.sample(arm, step, method, extra=extra) for step in steps]
+            what = f"training examples, {extra}" if extra else "test"
+            lines.append(
+                ["*experts*" if method == EXPERT else method, what, *(shown(cell) for cell in cells)]
+            )
+    end = steps[-1]
+    picks = {m: results.sample(arm, end, m, extra=WRONG) for m in [EXPERT, *merge_labels(results)]}
+    right = {m: results.sample(arm, end, m, extra=RIGHT) for m in picks}
+    sentences = [
+        f"- At step {end}, {'the experts give' if m == EXPERT else f'the merge by {m} gives'} the *wrong* label of "
+        f"{plain(picks[m])} of the examples that were trained with one, and the right label of {plain(right[m])} of as many "
+        "others."
+        for m in picks
+    ]
+    kept = {m: _kept_share(picks[m], picks[EXPERT]) for m in merge_labels(results)}
+    sentences += [
+        f"- Merging with {m} keeps {share:.0%} of what the experts memorised of wrong labels, and {_kept_share(right[m], right[EXPERT]):.0%} "
+        "of right ones."
+        for m, share in kept.items()
+    ]
+    suite, trained = study.suite, study.arm
+    return f"""
+## What is memorised, and what merging keeps of it
+
+Of the training labels, {suite["label_noise"]:.0%} are replaced by wrong ones, and which is known ({MODELS[suite["backbone"]]},
+{COUNTS[study.tasks]} tasks, {suite["train"]} examples, batch {trained.batch_size},
+{rate(trained.learning_rate)}, {trained.schedule.kind}; {over(results)}: a lead, not a result).
+
+{markdown(["", "accuracy on", *(f"step {step}" for step in steps)], lines)}
+
+{chr(10).join(sentences)}
+
+![Curves under label noise](study/memorization-curves.png)
+"""
+
+
+def _kept_share(merged: Sample | None, experts: Sample | None) -> float:
+    return merged.value / experts.value if merged and experts and experts.value else float("nan")
+
+
+def _experts_cost(study: Study) -> str:
+    spent = json.loads((KEPT / "text_experts.json").read_text())["cpu_seconds"]
+    return (
+        f" The experts of the first study were trained beforehand by `benchmarks.text_experts`; {len(spent)} of its "
+        f"{study.tasks * len(study.settings.seeds)} runs were timed, {np.mean(spent):.0f} CPU seconds each on average."
+    )
