@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from benchmarks import lora_page, techniques_page
+from benchmarks import techniques_page
 from benchmarks.study_words import COUNTS, MODELS, MORE, Study, cost, excludes_zero, over, rate
 from mergeready.study.cells import EXPERT
 from mergeready.study.results import Results
@@ -31,7 +31,7 @@ print(yaml.safe_load(path.read_text())["situations"][0]["recommend"])
 """
 
 
-def page(study: Study, screening: Study, seeds: Study, lora: Study) -> str:
+def page(study: Study, screening: Study, seeds: Study) -> str:
     results, suite, trained = study.results, study.suite, study.arm
     if not results.contents:
         return f"# What training choices do to a merge\n\nNot measured yet.\n\n{RECOMMENDED.strip()}\n"
@@ -68,11 +68,9 @@ Of these {len(changes)} differences, {told} have an interval that excludes 0.
 
 {techniques_page.section((screening.settings, screening.results), (seeds.settings, seeds.results))}
 
-{lora_page.section(lora.settings, lora.results)}
-
 {RECOMMENDED.strip()}
 
-{cost([study, screening, seeds, lora])} {MORE}
+{cost([study, screening, seeds])} {MORE}
 """
 
 

@@ -52,7 +52,7 @@ scratch and compares; `--figures` draws everything again from what is kept.
 """
 
 
-def page(curve: Study, vision: Study, noise: Study) -> str:
+def page(curve: Study, noise: Study) -> str:
     parts = [
         "# Does overtraining harm merging?",
         _curve_text(curve),
@@ -60,11 +60,9 @@ def page(curve: Study, vision: Study, noise: Study) -> str:
         _tasks_text(curve.results),
         late_updates_page.section(curve.results),
     ]
-    if vision.results.contents:
-        parts.append(_vision_text(vision))
     if noise.results.contents:
         parts.append(_noise_text(noise))
-    parts += [HOW.strip(), cost([curve, vision, noise]) + _experts_cost(curve) + " " + MORE]
+    parts += [HOW.strip(), cost([curve, noise]) + _experts_cost(curve) + " " + MORE]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
@@ -86,9 +84,9 @@ and seed on {suite["validation"]} validation examples a task, by a search that w
 """
 
 
-def _conclusions(results: Results, title: str = "##") -> str:
+def _conclusions(results: Results) -> str:
     arm, end = results.labels("arm")[0], results.steps(results.labels("arm")[0])[-1]
-    lines = [f"{title} What training to step {end} does", "", peak_table(results), ""]
+    lines = [f"## What training to step {end} does", "", peak_table(results), ""]
     falls = []
     for method in merge_labels(results):
         best = results.best_step(arm, method)
@@ -164,23 +162,6 @@ intervals over test examples).
 {markdown(["task", *(f"{m}, from step {results.best_step(arm, m)}" for m in chosen)], lines)}
 
 ![Each task's curves](study/overtraining-tasks.png)
-"""
-
-
-def _vision_text(study: Study) -> str:
-    results, suite, trained = study.results, study.suite, study.arm
-    return f"""
-## The same question on images
-
-{COUNTS[study.tasks].capitalize()} image tasks ({", ".join(study.settings.tasks or ())}), {MODELS[suite["backbone"]]} at 64 pixels with frozen linear heads,
-all other weights trained by AdamW at {rate(trained.learning_rate)}, batch {trained.batch_size}, {trained.schedule.kind} rate, on up to {suite["train"]:,} examples a task;
-{over(results)}. Scales and steps are chosen on {suite["validation"]} validation examples a task.
-
-![Accuracy of experts and merges of images](study/vision-curves.png)
-
-{curve_table(results, results.labels("arm")[0])}
-
-{_conclusions(results, "###")}
 """
 
 

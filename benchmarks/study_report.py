@@ -18,7 +18,7 @@ from mergeready.study.report import write_report
 from mergeready.study.run import Runner
 
 DOCS = ROOT / "docs"
-NAMES = ("overtraining", "vision", "schedules", "memorization", "techniques", "techniques_seeds", "lora")
+NAMES = ("overtraining", "schedules", "memorization", "techniques", "techniques_seeds")
 
 
 def main() -> None:
@@ -35,9 +35,9 @@ def main() -> None:
 def pages(studies: dict[str, Study]) -> dict[str, str]:
     """The pages' texts, by file name."""
     return {
-        "study.md": study_page.page(studies["overtraining"], studies["vision"], studies["memorization"]),
+        "study.md": study_page.page(studies["overtraining"], studies["memorization"]),
         "results.md": results_page.page(
-            *(studies[name] for name in ("schedules", "techniques", "techniques_seeds", "lora"))
+            *(studies[name] for name in ("schedules", "techniques", "techniques_seeds"))
         ),
     }
 
