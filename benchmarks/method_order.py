@@ -36,6 +36,23 @@ METHODS = (
     "fisher", "regmean", "regmean_pp", "adamerging",
 )  # fmt: skip
 
+PUBLISHED = (
+    ("average", "task_arithmetic", "2212.04089"), ("task_arithmetic", "ties", "2306.01708"),
+    ("ties", "dare_ties", "2311.03099"), ("dare_ties", "della", "2406.11617"),
+    ("task_arithmetic", "breadcrumbs", "2312.06795"), ("task_arithmetic", "consensus", "2405.07813"),
+    ("ties", "pcb", "2410.02396"), ("task_arithmetic", "svc", "2602.05536"),
+    ("consensus", "tsv_m", "2412.00081"), ("tsv_m", "iso_c", "2502.04959"), ("iso_c", "iso_cts", "2502.04959"),
+    ("task_arithmetic", "wudi", "2503.08099"), ("average", "fisher", "2111.09832"),
+    ("average", "regmean", "2212.09849"), ("regmean", "regmean_pp", "2508.03121"),
+    ("task_arithmetic", "adamerging", "2310.02575"),
+)  # fmt: skip
+"""Which method is better than which, and the paper that says so."""
+
+NOTES = """
+`core_space` is not among them: it merges LoRA experts, and on whole ones it is its inner method. `knots` was published
+for LoRA experts, `model_stock` for experts of one task, `slerp` for two experts.
+"""
+
 
 class Suite:
     """The tasks, their evaluations and experts for one seed."""
@@ -161,6 +178,37 @@ def table(cells: dict[str, Any]) -> str:
             scales = ", ".join(f"{c['scale']:.3g}{'' if c['inside'] else ' >'}" for c in found)
             row.append(f"{_shown([list(c['accuracy'].values()) for c in found])} | {scales}")
         lines.append(f"| {method} | " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n" + orderings(cells) + NOTES
+
+
+def orderings(cells: dict[str, Any]) -> str:
+    """Markdown: which published orderings hold at the last step, by paired intervals of the difference."""
+    last = max(int(key.split("/")[1]) for key in cells)
+    lines = [
+        "",
+        f"Published orderings at step {last}: the second's accuracy less the first's, on the same examples. It holds "
+        "where the whole 95 % interval is above 0, does not where it is below, and is open where 0 lies inside.",
+        "",
+        "| better than the first, by its paper | arXiv | difference | holds |",
+        "|---|---|---|---|",
+    ]
+    for worse, better, paper in PUBLISHED:
+        pairs = [
+            (cells[key]["accuracy"], cells[f"{better}/{last}/{key.split('/')[2]}"]["accuracy"])
+            for key in sorted(cells)
+            if key.startswith(f"{worse}/{last}/") and f"{better}/{last}/{key.split('/')[2]}" in cells
+        ]
+        if not pairs:
+            lines.append(f"| {worse} < {better} | {paper} | not measured | |")
+            continue
+        mean, low, high = mean_and_interval(
+            [
+                [[b - a for a, b in zip(first[task], second[task], strict=True)] for task in first]
+                for first, second in pairs
+            ]
+        )
+        holds = "yes" if low > 0 else "no" if high < 0 else "open"
+        lines.append(f"| {worse} < {better} | {paper} | {mean:+.3f} [{low:+.3f}, {high:+.3f}] | {holds} |")
     return "\n".join(lines) + "\n"
 
 
