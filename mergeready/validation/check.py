@@ -39,6 +39,7 @@ class Result:
         threshold: What it was compared with.
         where: Names of the offending tensors, modules or files.
         fix: What to do about this one, where the check's own words do not fit.
+        severity: How bad this one is, where that is not as bad as the check's worst.
     """
 
     passed: bool
@@ -47,6 +48,7 @@ class Result:
     threshold: float | None = None
     where: tuple[str, ...] = ()
     fix: str | None = None
+    severity: Severity | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,9 +136,18 @@ def failed(
     value: float | None = None,
     threshold: float | None = None,
     fix: str | None = None,
+    severity: Severity | None = None,
 ) -> Result:
     """Something is wrong."""
-    return Result(passed=False, message=message, where=where, value=value, threshold=threshold, fix=fix)
+    return Result(
+        passed=False,
+        message=message,
+        where=where,
+        value=value,
+        threshold=threshold,
+        fix=fix,
+        severity=severity,
+    )
 
 
 def compared(

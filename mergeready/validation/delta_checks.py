@@ -67,18 +67,14 @@ def drift(subject: Subject, limits: Limits) -> Result:
             f"‖τ‖ is {total:.2g} of the base's norm; too few matrices to call one an outlier", value=total
         )
     centre = median(logs.values())
-    spread = 1.4826 * median(abs(value - centre) for value in logs.values())
-    outliers = [
-        n for n, value in logs.items() if value - centre > limits["outlier_z"] * max(spread, _NARROWEST)
-    ]
+    spread = max(1.4826 * median(abs(value - centre) for value in logs.values()), _NARROWEST)
+    scores = {name: (value - centre) / spread for name, value in logs.items()}
+    worst, limit = max(scores.values()), limits["outlier_z"]
+    outliers = [name for name, score in scores.items() if score > limit]
     if outliers:
-        return failed(
-            f"{len(outliers)} matrices moved far more than the rest: {listing(outliers)}",
-            where=tuple(outliers),
-            value=max((logs[name] - centre) / max(spread, _NARROWEST) for name in outliers),
-            threshold=limits["outlier_z"],
-        )
-    return passed(f"‖τ‖ is {total:.2g} of the base's norm, without outliers", value=total)
+        message = f"{len(outliers)} matrices moved far more than the rest: {listing(outliers)}"
+        return failed(message, where=tuple(outliers), value=worst, threshold=limit)
+    return passed(f"‖τ‖ is {total:.2g} of the base's norm, without outliers", value=worst, threshold=limit)
 
 
 @check(

@@ -160,8 +160,13 @@ def trained(subject: Subject, limits: Limits) -> Result:
     if len(still) == len(pairs) and not others:
         return failed("every pair of factors multiplies to zero", where=tuple(still), value=len(still))
     if still:
+        # Not all is lost: a module whose output no loss depends on has no gradient, as a pooler that nothing reads.
         return failed(
-            f"{len(still)} of {len(pairs)} modules change nothing: {listing(still)}", where=tuple(still)
+            f"{len(still)} of {len(pairs)} modules change nothing: {listing(still)}",
+            where=tuple(still),
+            value=len(still),
+            fix="Look at the named modules: were they in the optimizer, were they saved, does the loss depend on them?",
+            severity="warning",
         )
     return passed(f"all {len(pairs)} modules change")
 

@@ -86,7 +86,7 @@ def _curve(history: History, method: str) -> Callable[[Any], None]:
         draw_curve(axes, history, method)
         axes.set_xlabel("training step")
         axes.set_ylabel((history.start.metric if history.start else None) or "metric")
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=5)
 
     return draw
 
@@ -96,6 +96,7 @@ def _retention(history: History, method: str) -> Callable[[Any], None]:
 
     def draw(figure: Any) -> None:
         tasks = next(p for p in reversed(history.probes) if method in p.merges).merges[method].tasks
+        figure.set_size_inches(6.4, 1.6 + 0.4 * len(tasks))
         axes = figure.subplots()
         names = ["this expert" if name == OWN else name.rstrip("/").rpartition("/")[2] for name in tasks]
         rows = range(len(names))
@@ -110,7 +111,7 @@ def _retention(history: History, method: str) -> Callable[[Any], None]:
         axes.set_yticks(list(rows), names)
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlabel((history.start.metric if history.start else None) or "metric")
-        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, 1.18), ncols=3)
+        axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
 

@@ -60,7 +60,12 @@ class Report:
         unchecked = [level for level in LEVELS if level not in self.levels_checked]
         if unchecked:
             return f"Not a verdict on merging: nothing was checked on the level of {' and '.join(unchecked)}."
-        return "Merge-ready: every level was checked." if self.is_merge_ready else "Not merge-ready."
+        wrong = [verdict.id for verdict in self.failures("error")]
+        return (
+            f"Not merge-ready: {', '.join(wrong)} failed."
+            if wrong
+            else "Merge-ready: every level was checked."
+        )
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready; numbers that are not finite become null."""

@@ -78,6 +78,7 @@ def run_check(chosen: Check, subject: Subject, limits: Limits) -> Verdict:
         return Verdict(**about, status="not checked", message=str(reason))
     except (MergeReadyError, OSError) as error:
         return Verdict(**about, status="not checked", message=f"could not run: {error}")
+    about["severity"] = found.severity or chosen.severity
     return Verdict(
         **about,
         status="passed" if found.passed else "failed",

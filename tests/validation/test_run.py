@@ -189,7 +189,21 @@ class TestWhatIsWrong:
         edit_tensors(
             law / "adapter_model.safetensors", lambda t: {k: v * ("lora_A" in k) for k, v in t.items()}
         )
-        assert "F004" in failed(validate(law, base, level="base"))
+        [found] = [v for v in validate(law, base, level="base").verdicts if v.id == "F004"]
+        assert (found.status, found.severity) == ("failed", "error")
+
+    def test_a_module_that_no_loss_reaches_is_a_warning(self, base: Path, tmp_path: Path) -> None:
+        """As the pooler of an encoder whose tokens are averaged: the rest of the adapter is as good as any."""
+        law = write_adapter(tmp_path / "law")
+        name = "layer.1.attention.self.value.lora_B"
+        edit_tensors(
+            law / "adapter_model.safetensors", lambda t: {k: v * (name not in k) for k, v in t.items()}
+        )
+        report = validate(law, base, level="base")
+        [found] = [v for v in report.verdicts if v.id == "F004"]
+        assert (found.status, found.severity, found.value) == ("failed", "warning", 1)
+        assert "does the loss depend on them" in found.fix
+        assert (report.exit_code("error"), report.exit_code("warning")) == (0, 1)
 
     def test_exchanged_factors(self, base: Path, tmp_path: Path) -> None:
         law = write_adapter(tmp_path / "law")
