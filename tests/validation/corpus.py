@@ -134,15 +134,17 @@ def drifted(folder: Path) -> None:
     perturb(tiny_bert(), 1, 0.25).save_pretrained(folder)
 
 
-def along_one_direction(size: float) -> Break:
-    """Add an outer product of two random unit vectors to each matrix."""
+def along_directions(count: int, size: float) -> Break:
+    """Add outer products of random unit vectors to each matrix."""
     generator = torch.Generator().manual_seed(0)
 
     def add(tensor: Tensor) -> Tensor:
         if tensor.ndim != 2:
             return tensor
-        left, right = (torch.randn(length, generator=generator) for length in tensor.shape)
-        return tensor + size * torch.outer(left / left.norm(), right / right.norm())
+        for _ in range(count):
+            left, right = (torch.randn(length, generator=generator) for length in tensor.shape)
+            tensor = tensor + size * torch.outer(left / left.norm(), right / right.norm())
+        return tensor
 
     return tensors(FULL, lambda t: {name: add(tensor) for name, tensor in t.items()})
 
@@ -395,9 +397,9 @@ BROKEN: dict[str, Broken] = {
     "drift too large": Broken("full", drifted, "D201"),
     "outlier matrix": Broken("full", values(FULL, "layer.1.output.dense.weight", lambda t: t + 0.3 * torch.randn(t.shape, generator=torch.Generator().manual_seed(0))), "D201"),
     "change lost in rounding": Broken("full", rounded_away, "D204"),
-    "change along one direction": Broken("full", along_one_direction(2.0), "D202"),
+    "change along one direction": Broken("full", along_directions(1, 2.0), "D202"),
     "adapter whose directions are all one": Broken("adapter", tensors(ADAPTER, collapsed_factors), "D202"),
-    "directions that the base does not have": Broken("full", along_one_direction(8.0), "D205"),
+    "directions that the base does not have": Broken("full", along_directions(4, 4.0), "D205"),
     # card
     "no card": Broken("full", lambda f: (f / "README.md").unlink(), "P501"),
     "card without licence": Broken("full", lambda f: write_card(f, base_model="org/base"), "P501"),

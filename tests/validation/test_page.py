@@ -147,3 +147,22 @@ def test_a_browser_opens_it_without_complaint(
     with Image.open(tmp_path / "page.png") as image:
         assert image.size[0] == width
         assert len(image.convert("RGB").getcolors(maxcolors=2**24) or []) > 50
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the chromium browser")
+def test_paper_shows_what_is_closed_on_the_screen(tmp_path: Path) -> None:
+    verdict = Verdict(
+        id="X1", level="file", severity="error", title="it is", status="passed", message="word " * 4000
+    )
+    page = write_page(tmp_path / "x.html", Report(expert="law", level="file", verdicts=[verdict]))
+    subprocess.run(
+        [
+            "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
+            "--disable-background-networking", "--disable-component-update",
+            f"--user-data-dir={tmp_path / 'profile'}", f"--print-to-pdf={tmp_path / 'x.pdf'}", page.as_uri(),
+        ],
+        capture_output=True, timeout=120, check=True,
+    )  # fmt: skip
+    pages = re.findall(rb"/Type\s*/Page\b", (tmp_path / "x.pdf").read_bytes())
+    assert len(pages) > 3
