@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from benchmarks.study_words import COUNTS, MODELS, rate
 from mergeready.study.cells import EXPERT
 from mergeready.study.results import Results, Sample
 from mergeready.study.settings import StudySettings
@@ -19,6 +20,11 @@ PLAIN, PLATEAU = "cosine", "plateau"
 VALIDATED, JOINT = "best_validation", "best merge"
 WANTED_GAIN, WANTED_OVER_PLATEAU, ALLOWED_LOSS, ALLOWED_TIME = 0.05, 0.02, 0.01, 1.05
 """What a technique would have to reach to be a default: points of accuracy, and times the plain run."""
+
+
+NO_DEFAULT = """
+So mergeready's defaults use no technique. `mergeready/recommendations.yaml` says which one to take where merges are by task arithmetic. The experts' own
+accuracy is the ceiling here, and plain merges are not far below it; tasks that disturb each other more leave a technique more to gain."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +70,8 @@ def section(screening: tuple[StudySettings, Results], seeds: tuple[StudySettings
     shared, suite = settings.arms[PLAIN], settings.suite.arguments
     about = f"""## Techniques: a screening
 
-Every technique alone on {len(settings.tasks or ())} text tasks ({suite["backbone"]}, {suite["train"]} training examples a task,
-{max(settings.steps)} steps of batch {shared.batch_size}, cosine from {shared.learning_rate:g} unless the arm says otherwise), one seed; the merge's scale is searched
+Every technique alone on {COUNTS[len(settings.tasks or ())]} text tasks ({MODELS[suite["backbone"]]}, {suite["train"]} training examples a task,
+{max(settings.steps)} steps of batch {shared.batch_size}, cosine from {rate(shared.learning_rate)} unless the arm says otherwise), one seed; the merge's scale is searched
 anew for every arm on {suite["validation"]} validation examples a task. Brackets are 95 % bootstrap intervals over {suite["test"]} test examples a task and
 say nothing of seeds. `{PLAIN}` is plain training to the end, `{PLATEAU}` lowers the rate on plateau and stops. Time is CPU time of a run against `{PLAIN}`'s,
 on a shared machine. What each arm sets is in `benchmarks/studies/techniques.yaml`.
@@ -80,7 +86,7 @@ on a shared machine. What each arm sets is in `benchmarks/studies/techniques.yam
 
 ## The best of them, over seeds
 
-{len(found.labels("seed"))} seeds, {len(merge_labels(found))} merge methods, three moments to stop: the end; each expert's own best checkpoint on
+{COUNTS[len(found.labels("seed"))].capitalize()} seeds, {COUNTS[len(merge_labels(found))]} merge methods, three moments to stop: the end; each expert's own best checkpoint on
 validation ("best validation"); and the step at which the merge itself is best on validation, the same for all experts ("best merge", what stopping by probes
 comes to on this grid). Brackets are 95 % t intervals over seeds.
 
@@ -205,11 +211,18 @@ def seeds_text(results: Results) -> str:
         )
         + "."
     )
-    method_gain = rival.minus(Place(PLAIN, "end", leading), results)
-    if rival.method != leading:
+    hindsight = max((Place(PLAIN, "end", m) for m in methods), key=lambda place: _value(place, results))
+    if hindsight != rival:
         lines.append(
-            f"- For comparison, changing nothing but the merge method, from {leading} to {rival.method}, is {signed(method_gain)}."
+            f"- Had validation chosen {hindsight.method} for plain training, which is its best on test examples, that difference would be "
+            f"{signed(best.minus(hindsight, results))}: no more than a lead."
         )
+    if rival.method != leading:
+        method_gain = Place(PLAIN, "end", hindsight.method).minus(Place(PLAIN, "end", leading), results)
+        lines.append(
+            f"- For comparison, changing nothing but the merge method, from {leading} to {hindsight.method}, is {signed(method_gain)}."
+        )
+    lines.append(NO_DEFAULT)
     return "\n".join(lines)
 
 

@@ -36,7 +36,8 @@ def test_a_recommendation_names_cells_that_exist_or_says_not_measured(entry: dic
     given = dict(entry["settings"])  # type: ignore[call-overload]
     merge = given.pop("merge", None)
     schedule = given.pop("schedule", "constant")
-    assert RunSettings.parse(given).options()["stop"] is not None or merge
+    options = RunSettings.parse(given).options()
+    assert options["stop"] is not None or merge or options["techniques"]
     assert RateSettings(kind=schedule)
     if merge:
         [choice] = (
@@ -66,6 +67,24 @@ def test_the_recommended_methods_differ_as_the_cells_say() -> None:
     assert over is not None
     assert over.over_seeds().low > 0  # type: ignore[operator]
     assert SITUATIONS[2]["settings"]["merge"]["method"] in method_names()
+
+
+def test_the_recommended_technique_differs_as_the_cells_say() -> None:
+    results, plain = kept("techniques_seeds"), ("cosine", 160)
+    gain, lost, spectral = (
+        results.difference(("attention", 160, method), (*plain, method))
+        for method in ("task_arithmetic", "expert", "tsv_m")
+    )
+    assert gain is not None
+    assert gain.over_seeds().low > 0  # type: ignore[operator]
+    assert lost is not None
+    assert -0.02 < lost.value < 0
+    for arm in ("attention", "kronecker", "sam"):
+        change = results.difference((arm, 160, "tsv_m"), (*plain, "tsv_m"))
+        assert change is not None
+        assert change.over_seeds().low < 0  # type: ignore[operator]
+    assert spectral is not None
+    assert spectral.value < 0
 
 
 def test_pages_are_what_the_cells_give() -> None:
