@@ -2,8 +2,8 @@
 
     python -m benchmarks.lowest_versions --torch 2.13.0+cpu --find-links /folder/of/wheels
 
-``uv`` (``pip install uv``) resolves direct dependencies, with all extras, to their lower bounds; they are installed in
-a fresh environment, and the tests run room by room. Results are kept after each room, and the command goes on where it
+Direct dependencies, with all extras, are pinned to their lower bounds and installed by ``uv`` (``pip install uv``) in a
+fresh environment, and the tests run room by room. Results are kept after each room, and the command goes on where it
 stopped while the versions are the same. torch is pinned to what ``--torch`` says, since old releases bring gigabytes of
 CUDA libraries: its own lower bound is not tested here.
 """
@@ -46,8 +46,11 @@ def normal(name: str) -> str:
 def resolve(uv: str, torch: str, options: list[str], folder: Path) -> Path:
     """The lowest versions, in a file that pip and uv read."""
     constraint, resolved = folder / "constraint.txt", folder / "lowest.txt"
-    constraint.write_text(f"torch=={torch}\n", encoding="utf-8")
-    command = [uv, "pip", "compile", "-q", "--resolution", "lowest-direct", "--extra", "dev", "--no-annotate"]
+    # A resolver left alone takes the newest of what they need themselves, and moves them up to fit.
+    found = {name: re.match(r">=([\w.]+)", bound) for name, bound in bounds().items() if name != "torch"}
+    pins = [f"{name}=={lowest[1]}" for name, lowest in found.items() if lowest]
+    constraint.write_text("\n".join([f"torch=={torch}", *pins]) + "\n", encoding="utf-8")
+    command = [uv, "pip", "compile", "-q", "--extra", "dev", "--no-annotate"]
     command += [
         "--python",
         sys.executable,
