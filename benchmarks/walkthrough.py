@@ -89,7 +89,9 @@ def run(words: list[str], folder: Path) -> dict[str, Any]:
 
 def shown(path: str, folder: Path) -> dict[str, Any]:
     """The result of a recipe that was run in a folder; its curve is drawn beside it."""
-    output = min(folder.rglob("result.json"), key=lambda path: len(path.parts)).parent  # a team's members lie below
+    output = min(
+        folder.rglob("result.json"), key=lambda path: len(path.parts)
+    ).parent  # a team's members lie below
     figure = Figure()
     draw(figure, output)
     figure.savefig(

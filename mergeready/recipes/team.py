@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -37,7 +38,8 @@ def run_team(recipe: Recipe) -> RunResult:
         MergeReadyError: As :func:`~mergeready.recipes.run.run_recipe` does.
         UnsupportedError: In a job of several processes.
     """
-    if Ranks.world().size > 1:
+    # torchrun says so before any process group is there, which only a Trainer would make.
+    if max(Ranks.world().size, int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise UnsupportedError(
             "members of a team train one after the other in one process; leave torchrun out, or train each member by "
             "itself."
