@@ -46,8 +46,15 @@ class TechniqueRun:
 
         Raises:
             UnsupportedError: For adapters that are not plain LoRA.
+            OptionError: If nothing of the base trains.
         """
-        return trained_weights(self.live)
+        found = trained_weights(self.live)
+        if not found:
+            raise OptionError(
+                "no parameter that the base has trains here, so there is no task vector for techniques to act on: "
+                "freeze less, or leave `techniques` out."
+            )
+        return found
 
     def learning_rates(self) -> Iterator[float]:
         """The learning rate of each parameter group at this moment."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import combinations
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mergeready.errors import HistoryError, OptionError, UnsupportedError
+from mergeready.errors import HistoryError, OptionError, UnsupportedError, listing
 from mergeready.training.history import History
 from mergeready.training.policies import Decision
 from mergeready.training.techniques.hooks import StepHooks
@@ -18,6 +19,8 @@ from mergeready.training.techniques.run import TechniqueRun
 from mergeready.training.techniques.technique import ALONE, NEEDS_OPTIMIZER, Running, Technique, Touch
 from mergeready.weights.guard import random_state_kept
 from mergeready.weights.shards import reshard
+
+logger = logging.getLogger("mergeready")
 
 
 class TechniqueSet:
@@ -88,6 +91,7 @@ class TechniqueSet:
             touched = next(touch for touch in Touch if touch in technique.touches & NEEDS_OPTIMIZER)
             run.require_optimizer(f"{touched.value} ({technique.name})")
         self._running = {technique.name: technique.begin(run) for technique in self.techniques}
+        _warn_of_narrow_weights(self.techniques, run)
         self._restore()
         if needing and run.optimizer is not None:
             self._hooks = StepHooks(run.optimizer, self._learning_rate_factor, self._after_update)
@@ -302,6 +306,21 @@ class TechniqueSet:
     def _after_update(self) -> None:
         for running in self._running.values():
             running.after_update(self.step + 1)
+
+
+def _warn_of_narrow_weights(techniques: Sequence[Technique], run: TechniqueRun) -> None:
+    writing = [t.name for t in techniques if t.touches & {Touch.FORWARD, Touch.WEIGHTS}]
+    dtypes = {p.dtype for p in run.live.model.parameters() if p.requires_grad} & {
+        torch.bfloat16,
+        torch.float16,
+    }
+    if writing and dtypes:
+        logger.warning(
+            "%s writes into weights that train in %s: small changes vanish in rounding, and an optimizer that keeps "
+            "finer copies undoes them. Train fp32 weights under autocast.",
+            listing(writing),
+            listing(map(str, dtypes)),
+        )
 
 
 def _require_compatible(techniques: Sequence[Technique]) -> None:

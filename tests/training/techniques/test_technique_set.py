@@ -136,6 +136,27 @@ def test_what_a_run_lacks(tmp_path: Path) -> None:
         prepare(NormGovernor())
 
 
+def test_where_nothing_of_the_base_trains_there_is_nothing_to_act_on(tmp_path: Path) -> None:
+    model = net().requires_grad_(False)
+    model.head.requires_grad_(True)
+    base = {name: value for name, value in net().state_dict().items() if "head" not in name}
+    monitor = MergeReadyLoop(tmp_path, base=base, techniques=[DriftPenalty()])
+    with pytest.raises(OptionError, match="no parameter that the base has trains"):
+        monitor.prepare(model)
+
+
+@pytest.mark.parametrize(("technique", "warns"), [(SharpnessAware(), True), (DriftPenalty(), False)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_rounding_may_swallow_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, technique: Any, warns: bool, dtype: torch.dtype
+) -> None:
+    model = net().to(dtype)
+    MergeReadyLoop(tmp_path, base=state_of(model), techniques=[technique]).prepare(model)
+    said = [r.getMessage() for r in caplog.records if "vanish in rounding" in r.getMessage()]
+    assert bool(said) is (warns and dtype is torch.bfloat16)
+    assert all("sharpness_aware" in message and "bfloat16" in message for message in said)
+
+
 def test_a_step_in_parts_cannot_be_climbed(tmp_path: Path) -> None:
     monitor = MergeReadyLoop(tmp_path, techniques=[SharpnessAware()])
     monitor.prepare(net())
