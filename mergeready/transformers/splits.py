@@ -35,7 +35,7 @@ def read_splits(
     Example:
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as folder:
-        ...     _ = (Path(folder) / "test.csv").write_text("text,label\\na,1\\n")
+        ...     _ = (Path(folder) / "test.csv").write_text("text,label\na,1\n")
         ...     sorted(read_splits(folder, "`data`"))
         ['test']
     """

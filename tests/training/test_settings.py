@@ -26,6 +26,7 @@ def test_nothing_given_is_what_a_callback_does_by_default() -> None:
         "stop": None,
         "on_stop": "stop",
         "measure": DEFAULT_MEASURE,
+        "sampled_every": None,
         "picks": Picks(),
         "difficulty": None,
         "techniques": [],

@@ -171,4 +171,4 @@ def test_data_that_do_not_fit(world: Path, tmp_path: Path) -> None:
     DatasetDict({"train": other, "dev": other}).save_to_disk(tmp_path / "splits")
     refused(tmp_path / "splits", "neither of")
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "cannot be read")
+    refused(tmp_path / "empty", "cannot be loaded")
