@@ -65,6 +65,8 @@ EXPECTED: list[tuple[Callable[[], nn.Module], dict[str, str]]] = [
             "embeddings": "embedding",
             ".attention.": "attention",
             ".mlp.": "mlp",
+            "intermediate.dense": "mlp",  # the names of early releases of transformers 5
+            ".output.dense": "mlp",
             "classifier": "other",
         },
     ),

@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.intruders import reduce_intruder_dimension
 
 from mergeready.errors import OptionError
 from mergeready.metrics.intruders import intruders
@@ -17,12 +18,11 @@ from tests.models import perturb, tiny_bert
 
 @pytest.mark.parametrize("amount", [0.05, 0.4, 1.5])
 def test_intruders_are_those_that_peft_counts(amount: float) -> None:
-    theirs = pytest.importorskip("peft.tuners.lora.intruders", reason="PEFT counts them since 0.19")
     base = tiny_bert()
     options = LoraConfig(r=4, target_modules=["query", "value", "dense"])
     model = perturb(get_peft_model(copy.deepcopy(base), options), 3, amount)
     lines: list[str] = []
-    theirs.reduce_intruder_dimension(model, logging_sink=lines.append)
+    reduce_intruder_dimension(model, logging_sink=lines.append)
     expected = {}
     for line in lines:
         name, _, count = line.partition(": ")
