@@ -15,19 +15,29 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Children are forked from a server that has imported what takes long, and has never computed a gradient: a process that
-# has cannot be forked.
+from mergeready.validation import share
+
+# Children are forked from a server that has imported what takes long, every framework that some test trains with: ranks
+# would each import them again. It has never computed a gradient, as a process that has cannot be forked.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed.fsdp", "mergeready.training.monitor", "peft"])
+_CONTEXT.set_forkserver_preload(
+    ["torch.distributed.fsdp", "peft", "pytest", "datasets", "tests.loops", "tests.sharded"]
+)
 
 
-def run_ranks(function: Callable[..., Any], size: int, *args: Any, group_timeout: float = 60) -> list[Any]:
-    """Call a function of a module on every rank; its results, in order. Whatever a rank raises fails the test."""
+def run_ranks(
+    function: Callable[..., Any], size: int, *args: Any, group_timeout: float = 60, sharing: bool = False
+) -> list[Any]:
+    """Call a function of a module on every rank; its results, in order. Whatever a rank raises fails the test.
+
+    As in other tests, no reports on picks are written, unless `sharing`.
+    """
     results: Any = _CONTEXT.Queue()
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             _CONTEXT.Process(
-                target=_rank, args=(function, rank, size, f"{folder}/store", group_timeout, args, results)
+                target=_rank,
+                args=(function, rank, size, f"{folder}/store", group_timeout, sharing, args, results),
             )
             for rank in range(size)
         ]
@@ -48,9 +58,18 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any, group_timeout
 
 
 def _rank(
-    function: Callable[..., Any], rank: int, size: int, store: str, timeout: float, args: Any, results: Any
+    function: Callable[..., Any],
+    rank: int,
+    size: int,
+    store: str,
+    timeout: float,
+    sharing: bool,
+    args: Any,
+    results: Any,
 ) -> None:
     torch.set_num_threads(1)
+    if not sharing:
+        share.share_run = None  # type: ignore[assignment]
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     try:
         dist.init_process_group(

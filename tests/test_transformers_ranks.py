@@ -56,7 +56,7 @@ def trained(
     callback = MergeReadyCallback(
         base=folder / "base",
         peers=[folder / "peer"],
-        probe=Probe(merge="ties", schedule=Schedule(every=3)),
+        probe=Probe(merge="ties", max_evaluations=4, schedule=Schedule(every=3)),
         measure=Schedule(every=2),
         picks=Picks(),
     )
@@ -81,7 +81,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
 def test_a_run_killed_and_resumed_equals_one_that_was_not(layout: str, folder: Path, tmp_path: Path) -> None:
-    whole = run_ranks(trained, 2, layout, folder, tmp_path / "whole")
+    whole = run_ranks(trained, 2, layout, folder, tmp_path / "whole", sharing=layout == "fsdp2")
     plain = run_ranks(trained, 2, layout, folder, tmp_path / "plain", False)
     run_ranks(trained, 2, layout, folder, tmp_path / "cut", True, 7)
     resumed = run_ranks(trained, 2, layout, folder, tmp_path / "cut", True, None, True)
@@ -100,6 +100,7 @@ def test_a_run_killed_and_resumed_equals_one_that_was_not(layout: str, folder: P
         assert set(stored.infos) == set(SafetensorsFolder(folder / "base").infos)
         config = json.loads((stored.path / "config.json").read_text())
         assert config["architectures"] == ["BertForSequenceClassification"]
+        assert (stored.path / "mergeready-report.json").is_file() == (layout == "fsdp2")
 
 
 class OnOneRank:
