@@ -4,7 +4,7 @@ import logging
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mergeready.training.techniques.penalty import Penalty
+from mergeready.training.techniques.penalty import Penalty, RunningPenalty
 from mergeready.training.techniques.registry import register
 from mergeready.training.techniques.run import TechniqueRun
 from mergeready.training.techniques.technique import Running
@@ -31,6 +31,7 @@ class DriftPenalty(Penalty):
 
     Attributes:
         strength: λ, at least 0; 0 switches it off.
+        every: Steps from one such gradient to the next, at least 1; it is that many times as strong then.
 
     Example:
         >>> DriftPenalty(strength=0.01).is_off
@@ -45,13 +46,14 @@ class DriftPenalty(Penalty):
         logger.warning(
             "drift_penalty makes task vectors shorter: tune the merge scale, or merges will look worse than they are."
         )
-        return _Pull(self.strength, run)
+        return _Pull(self, run)
 
 
-class _Pull(Running):
-    def __init__(self, strength: float, run: TechniqueRun) -> None:
-        self._strength, self._weights = strength, list(run.weights.values())
+class _Pull(RunningPenalty):
+    def __init__(self, settings: DriftPenalty, run: TechniqueRun) -> None:
+        super().__init__(settings)
+        self._weights = list(run.weights.values())
 
-    def add_gradients(self, step: int, factor: float) -> None:
+    def add(self, turn: int, strength: float) -> None:
         for weight in self._weights:
-            weight.add_gradient(weight.delta(), 2 * self._strength * factor)
+            weight.add_gradient(weight.delta(), 2 * strength)

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mergeready.errors import OptionError, UnsupportedError
 from mergeready.training.batches import Batches, Forward, forward_logits, on_device_of, tensors_of
 from mergeready.training.penalties import jacobian_norm
-from mergeready.training.techniques.penalty import Penalty
+from mergeready.training.techniques.penalty import Penalty, RunningPenalty
 from mergeready.training.techniques.registry import register
 from mergeready.training.techniques.run import TechniqueRun
 from mergeready.training.techniques.same import require_same
@@ -35,9 +35,10 @@ class JacobianPenalty(Penalty):
     training keeps a copy. Forward mode switches fused attention off for it. The model is in evaluation mode meanwhile.
 
     Attributes:
-        inputs: For each peer, batches of its inputs, the same on every rank; every step takes the next one of the next
+        inputs: For each peer, batches of its inputs, the same on every rank; each time takes the next one of the next
             peer. They are kept.
         strength: λ, at least 0; 0 switches it off.
+        every: Steps from one such gradient to the next, at least 1; it is that many times as strong then.
         forward: Gives the logits, from something that is called as the model is, and a batch.
 
     Example:
@@ -66,23 +67,28 @@ class JacobianPenalty(Penalty):
         each = [list(on_device_of(run.live.model, batches)) for batches in self.inputs]
         found = (tensor for batches in each for batch in batches for tensor in tensors_of(batch))
         require_same(run.ranks, "jacobian_penalty's inputs", {f"{i}": t for i, t in enumerate(found)})
-        return _Penalty(self.strength, run, each, self.forward or forward_logits)
+        return _Pull(self, run, each, self.forward or forward_logits)
 
 
-class _Penalty(Running):
+class _Pull(RunningPenalty):
     def __init__(
-        self, strength: float, run: TechniqueRun, batches: Sequence[Sequence[Any]], forward: Forward
+        self,
+        settings: JacobianPenalty,
+        run: TechniqueRun,
+        batches: Sequence[Sequence[Any]],
+        forward: Forward,
     ) -> None:
-        self._strength, self._live, self._batches, self._forward = strength, run.live, batches, forward
+        super().__init__(settings)
+        self._live, self._batches, self._forward = run.live, batches, forward
         names = {id(p): name for name, p in run.live.model.named_parameters(remove_duplicate=False)}
         self._weights: dict[str, Trained] = {names[id(w.place)]: w for w in run.weights.values()}
 
-    def add_gradients(self, step: int, factor: float) -> None:
-        turn, peer = divmod(step - 1, len(self._batches))
-        batch = self._batches[peer][turn % len(self._batches[peer])]
+    def add(self, turn: int, strength: float) -> None:
+        round_, peer = divmod(turn, len(self._batches))
+        batch = self._batches[peer][round_ % len(self._batches[peer])]
         _, gradients = self.penalty(batch)
         for name, weight in self._weights.items():
-            weight.add_gradient(gradients[name], self._strength * factor)
+            weight.add_gradient(gradients[name], strength)
 
     def penalty(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """R without λ, and its gradient by the model's names."""

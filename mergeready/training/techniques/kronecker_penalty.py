@@ -11,7 +11,7 @@ from torch import Tensor
 from mergeready.errors import MismatchError, OptionError
 from mergeready.experts.factors import FactoredLayer, KroneckerFactors, open_factors, sum_factors
 from mergeready.training.penalties import kronecker_drift
-from mergeready.training.techniques.penalty import Penalty
+from mergeready.training.techniques.penalty import Penalty, RunningPenalty
 from mergeready.training.techniques.registry import register
 from mergeready.training.techniques.run import TechniqueRun
 from mergeready.training.techniques.technique import Running
@@ -32,12 +32,14 @@ class KroneckerPenalty(Penalty):
     the plain ones gave about 70. For training as usual, attention weights only: 83.1 with the scale tuned, 60.3 at 1.
     So tune the scale. Parameters without factors (norms, embeddings, convolutions, the task's head) are left alone.
 
-    Cost: two products of matrices a layer and step, and the factors in memory, whatever the number of peers. Of a
-    sharded model, every rank gathers one layer's change at a time.
+    Cost: two products of matrices a layer each time, which beside small batches is more than the training itself (see
+    ``every``), and the factors in memory, whatever the number of peers. Of a sharded model, every rank gathers one
+    layer's change at a time.
 
     Attributes:
         factors: One for each peer: files, or what ``kronecker_factors`` returned. On this run's base.
         strength: λ, at least 0; 0 switches it off.
+        every: Steps from one such gradient to the next, at least 1; it is that many times as strong then.
         weights: One λₜ a peer, see ``sum_factors``; 1/T each by default.
 
     Example:
@@ -66,7 +68,7 @@ class KroneckerPenalty(Penalty):
         ]
         if not layers:
             raise MismatchError(f"the factors {total.label} are of no layer that trains in this run.")
-        return _Penalty(self.strength, layers)
+        return _Pull(self, layers)
 
 
 class _Layer:
@@ -100,10 +102,11 @@ class _Layer:
             self._bias.add_gradient(self._bias.block.of(gradient[:, layer.inputs]), strength)
 
 
-class _Penalty(Running):
-    def __init__(self, strength: float, layers: Sequence[_Layer]) -> None:
-        self._strength, self._layers = strength, layers
+class _Pull(RunningPenalty):
+    def __init__(self, settings: KroneckerPenalty, layers: Sequence[_Layer]) -> None:
+        super().__init__(settings)
+        self._layers = layers
 
-    def add_gradients(self, step: int, factor: float) -> None:
+    def add(self, turn: int, strength: float) -> None:
         for layer in self._layers:
-            layer.add(self._strength * factor)
+            layer.add(strength)

@@ -11,7 +11,7 @@ from mergeready.errors import MismatchError, OptionError, UnsupportedError
 from mergeready.experts.delta import Delta, LowRank, dense
 from mergeready.experts.svd import thin_svd
 from mergeready.training.penalties import overlap
-from mergeready.training.techniques.penalty import Penalty
+from mergeready.training.techniques.penalty import Penalty, RunningPenalty
 from mergeready.training.techniques.registry import register
 from mergeready.training.techniques.run import TechniqueRun
 from mergeready.training.techniques.technique import Running
@@ -32,6 +32,7 @@ class LoraOverlap(Penalty):
 
     Attributes:
         strength: λ, at least 0; 0 switches it off.
+        every: Steps from one such gradient to the next, at least 1; it is that many times as strong then.
 
     Example:
         >>> LoraOverlap(strength=0).is_off
@@ -59,7 +60,7 @@ class LoraOverlap(Penalty):
             raise MismatchError(
                 "no peer changes a layer that the adapter changes: there is no overlap to avoid."
             )
-        return _Overlap(self.strength, pairs)
+        return _Overlap(self, pairs)
 
 
 def _rows(delta: Delta, rank: int) -> Tensor:
@@ -68,12 +69,13 @@ def _rows(delta: Delta, rank: int) -> Tensor:
     return thin_svd(dense(delta).double().cpu(), rank)[2]
 
 
-class _Overlap(Running):
-    def __init__(self, strength: float, pairs: Sequence[tuple[Factored, Sequence[Tensor]]]) -> None:
-        self._strength, self._pairs = strength, pairs
+class _Overlap(RunningPenalty):
+    def __init__(self, settings: LoraOverlap, pairs: Sequence[tuple[Factored, Sequence[Tensor]]]) -> None:
+        super().__init__(settings)
+        self._pairs = pairs
 
-    def add_gradients(self, step: int, factor: float) -> None:
+    def add(self, turn: int, strength: float) -> None:
         for layer, others in self._pairs:
             A = layer.factors[0]
             _, gradient = overlap(whole(A).float(), others)
-            add_to_gradient(A, held(A).of(gradient), self._strength * factor)
+            add_to_gradient(A, held(A).of(gradient), strength)
