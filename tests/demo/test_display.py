@@ -52,6 +52,11 @@ def printed(results: DemoResults) -> str:
     return stream.getvalue()
 
 
+def gives_the_cursor_back(text: str) -> bool:
+    hidden, shown = "\x1b[?25l", "\x1b[?25h"
+    return text.rfind(shown) > text.rfind(hidden) > -1
+
+
 def row(text: str, name: str) -> list[str]:
     [line] = [line for line in text.splitlines() if line.startswith(f"│ {name} ")]
     return [cell.strip() for cell in line.strip("│").split("│")][1:]
@@ -169,15 +174,16 @@ def test_on_a_terminal() -> None:
     assert "\x1b[" in text
     for words in ("law", "code", "expert 0.500  surrogate 0.250", "expert 0.500  merged 0.250", "2/2"):
         assert words in text
-    assert not console._live_stack  # the terminal is given back
+    assert gives_the_cursor_back(text)
 
 
 def test_on_a_terminal_an_error_gives_the_terminal_back() -> None:
-    console = Console(file=io.StringIO(), width=120, force_terminal=True)
+    stream = io.StringIO()
+    console = Console(file=stream, width=120, force_terminal=True)
 
     class Broken(Exception):
         pass
 
     with pytest.raises(Broken), LiveDisplay(console, "ties"):
         raise Broken
-    assert not console._live_stack
+    assert gives_the_cursor_back(stream.getvalue())
