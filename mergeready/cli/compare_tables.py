@@ -70,6 +70,6 @@ def _print_pairs(screen: Console, comparison: Pairs) -> None:
         for index in range(len(comparison.labels)):
             table.add_column(str(index + 1), justify="right")
         for index, label in enumerate(short_labels(comparison.labels)):
-            cells = ["" if other == index else f"{value:.3f}" for other, value in enumerate(matrix[index])]
+            cells = ["" if other == index else f"{value:z.3f}" for other, value in enumerate(matrix[index])]
             table.add_row(f"{index + 1} {escape(label)}", *cells)
         screen.print(table)

@@ -59,7 +59,7 @@ def _panel(
             axes.text(
                 column,
                 row,
-                f"{value:.2f}",
+                f"{value:z.2f}",
                 ha="center",
                 va="center",
                 fontsize=9,

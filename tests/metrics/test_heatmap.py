@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from mergeready.metrics.compare import compare_vectors
-from mergeready.metrics.heatmap import draw_heatmaps
+from mergeready.metrics.heatmap import draw_heatmaps, draw_pairs
 from tests.metrics.chunks import base_of, task_vectors
 
 
@@ -19,3 +20,11 @@ def test_a_picture_is_drawn(tmp_path: Path, zero: bool) -> None:
     assert picture.shape[0] > 100
     assert picture.shape[1] > 2 * picture.shape[0]  # three panels side by side
     assert len({tuple(pixel) for pixel in picture.reshape(-1, picture.shape[2])[::97].tolist()}) > 3
+
+
+def test_a_cosine_just_below_zero_is_shown_as_zero() -> None:
+    found = [{"x": torch.tensor([1.0, 0.0])}, {"x": torch.tensor([-0.001, 1.0])}]
+    figure = Figure()
+    draw_pairs(figure, compare_vectors(task_vectors(found), base_of(found[0])))
+    shown = {text.get_text() for text in figure.axes[0].texts}
+    assert shown == {"1.00", "0.00"}
