@@ -38,7 +38,7 @@ def by_accelerate(world: Path, folder: Path, kill_at: Kill, resume: Path | None)
 
     accelerator, model = Accelerator(cpu=True, project_dir=str(folder)), Net()
     prepared, optimizer = accelerator.prepare(model, optimizer_of(model))
-    monitor = MergeReadyLoop(accelerator, **options(world))
+    monitor = MergeReadyLoop(accelerator, share=None, **options(world))
     if resume is not None:
         accelerator.load_state(str(resume))
     monitor.prepare(prepared, total_steps=STEPS)

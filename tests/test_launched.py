@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.launched import main
+from tests.ranks import run_ranks
 from tests.training.small import Net, expert, save
 
 pytestmark = pytest.mark.slow
@@ -39,7 +41,7 @@ def launch(name: str, world: Path, folder: Path, killed: str = "", resume: Path 
 
 
 def files(folder: Path) -> dict[Path, bytes]:
-    """All but what is shared beside picks, which names the run's folder."""
+    """All but what fabric's runs share beside picks, which names the run's folder."""
     return {
         path.relative_to(folder): path.read_bytes()
         for path in folder.rglob("*")
@@ -49,12 +51,17 @@ def files(folder: Path) -> dict[Path, bytes]:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Experts, and a run that nothing interrupted; shells differ in nothing that it leaves."""
+    """Experts, and a run that nothing interrupted; neither launchers nor shells make a difference to what it leaves."""
     world = tmp_path_factory.mktemp("world")
     save(Net(), world / "base")
     save(expert(2), world / "peer")
-    launch("accelerate", world, world / "whole")
+    run_ranks(uninterrupted, 2, world)
     return world
+
+
+def uninterrupted(world: Path) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", LOCAL_WORLD_SIZE="2")
+    main("accelerate", world, world / "whole", set(), None)
 
 
 @pytest.mark.parametrize(("name", "killed"), [("accelerate", "0,1"), ("fabric", "1")])
@@ -77,3 +84,4 @@ def test_a_launched_run_that_is_killed_and_resumed_equals_an_uninterrupted_one(
     picks = [path for path in right if path.parts[0] == "picks"]
     assert picks
     assert all(left[path] == right[path] for path in picks)
+    assert any(cut.rglob("mergeready-report.json")) == (name == "fabric")

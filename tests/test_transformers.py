@@ -73,6 +73,7 @@ def test_probes_leave_no_trace(world: Path, kind: str, accumulation: int) -> Non
     probe = Probe(
         merge=["ties", "task_arithmetic"],
         evaluate=right_or_wrong(),
+        max_evaluations=3,
         schedule=Schedule(every=1),
     )
     callback = MergeReadyCallback(

@@ -42,4 +42,4 @@ class DemoSettings:
     @classmethod
     def quick(cls, *, joint: bool = False, seed: int = 0) -> DemoSettings:
         """A smoke run: everything happens, nothing is learned."""
-        return cls(steps=4, probe_first=1, probe_every=2, patience=1, examples=24, joint=joint, seed=seed)
+        return cls(steps=4, probe_first=1, probe_every=2, patience=1, examples=8, joint=joint, seed=seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import string
 from pathlib import Path
 from tempfile import gettempdir
@@ -82,12 +83,20 @@ def _made(name: str, build: Any, processor: Any = None) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = build()
-    with new_folder(folder, overwrite=True) as temporary:
+    own = folder.with_name(f"{name}-{os.getpid()}")
+    with new_folder(own, overwrite=True) as temporary:
         model.save_pretrained(temporary)
         if processor is not None:
             processor.save_pretrained(temporary)
         if name != "vit":
             _tokenizer().save_pretrained(temporary)
+    try:
+        own.rename(folder)
+    except OSError:
+        shutil.rmtree(own)
+        if not folder.is_dir():
+            raise
+        # Another rank was faster, and its folder is being read already.
     return folder
 
 
