@@ -57,6 +57,21 @@ def run_ranks(
     return [result for _, result in outcomes]
 
 
+def exit_code(function: Callable[..., Any], *args: Any) -> int | None:
+    """Call a function of a module in a process of its own, which may be killed; minus the signal's number if it was."""
+    process = _CONTEXT.Process(target=_alone, args=(function, args))
+    process.start()
+    process.join(timeout=120)
+    process.kill()
+    return process.exitcode
+
+
+def _alone(function: Callable[..., Any], args: Any) -> None:
+    torch.set_num_threads(1)  # as in the tests: other numbers of threads round differently
+    share.share_run = None  # type: ignore[assignment]
+    function(*args)
+
+
 def _rank(
     function: Callable[..., Any],
     rank: int,

@@ -5,9 +5,8 @@ The transformers Trainer has its own tests of this in test_transformers.py.
 
 from __future__ import annotations
 
+import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from mergeready.errors import HistoryError
 from tests import loops
 from tests.loops import RUNS, Crash, Saving, make_world
 from tests.models import tiny_bert
+from tests.ranks import exit_code
 from tests.trainers import right_or_wrong
 
 NAMES = [name for name in RUNS if name != "transformers"]
@@ -101,16 +101,9 @@ def test_resume_without_any_base_is_refused(
         RUNS[name](other, tmp_path, Saving(resume=True), base=None, probe=None)
 
 
-CHILD = """
-import os, signal, sys, torch
-torch.set_num_threads(1)  # as in the tests: other numbers of threads round differently
-from pathlib import Path
-from tests.loops import RUNS, Saving
-from tests.test_every_resume import PARETO
-name, world, folder, at = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
-kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
-RUNS[name](world, folder, Saving(every=4, crash=at, die=kill), **PARETO)
-"""
+def killed(name: str, world: Path, folder: Path, at: int) -> None:
+    saving = Saving(every=4, crash=at, die=lambda: os.kill(os.getpid(), signal.SIGKILL))
+    RUNS[name](world, folder, saving, **PARETO)
 
 
 @pytest.mark.slow
@@ -118,9 +111,7 @@ RUNS[name](world, folder, Saving(every=4, crash=at, die=kill), **PARETO)
     ("name", "at"), [("accelerate", 6), ("accelerate", 9), ("lightning", 9), ("plain", 7)]
 )
 def test_killed_and_resumed_equals_uninterrupted(world: Path, tmp_path: Path, name: str, at: int) -> None:
-    arguments = [name, str(world), str(tmp_path), str(at)]
-    done = subprocess.run([sys.executable, "-c", CHILD, *arguments], check=False)
-    assert done.returncode == -signal.SIGKILL
+    assert exit_code(killed, name, world, tmp_path, at) == -signal.SIGKILL
     RUNS[name](world, tmp_path, Saving(every=4, resume=True), **PARETO)
     ours, whole = tmp_path / "mergeready", world / "whole/mergeready"
     assert (ours / "history.jsonl").read_bytes() == (whole / "history.jsonl").read_bytes()

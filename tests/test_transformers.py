@@ -3,8 +3,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ from mergeready.training.probe import Probe
 from mergeready.training.schedule import Schedule
 from mergeready.transformers import MergeReadyCallback
 from tests.models import perturb, tiny_bert
+from tests.ranks import exit_code
 from tests.trainers import Tokens, arguments, make_trainer, right_or_wrong, weights_of
 
 OFTEN = Schedule(every=2)
@@ -283,36 +282,29 @@ class Kill(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-CHILD = """
-import sys, torch
-torch.set_num_threads(1)  # as in the tests: other numbers of threads round differently
-from pathlib import Path
-from tests.test_transformers import Kill, same_run
-world, at = Path(sys.argv[1]), int(sys.argv[2])
-trainer, _ = same_run(world, world / "killed")
-trainer.add_callback(Kill(at))
-trainer.train()
-"""
+def killed(world: Path, folder: Path, at: int) -> None:
+    trainer, _ = same_run(world, folder)
+    trainer.add_callback(Kill(at))
+    trainer.train()
 
 
-@pytest.mark.parametrize("at", [5, 7, 11])
-def test_killed_and_resumed_equals_uninterrupted(world: Path, at: int) -> None:
+def test_killed_and_resumed_equals_uninterrupted(world: Path) -> None:
     whole, _ = same_run(world, world / "whole")
     whole.train()
-    done = subprocess.run([sys.executable, "-c", CHILD, str(world), str(at)], check=False)
-    assert done.returncode == -signal.SIGKILL
-    resumed, _ = same_run(world, world / "killed")
-    resumed.train(resume_from_checkpoint=True)
-    assert equal(weights_of(whole.model), weights_of(resumed.model))
-    name = "mergeready/history.jsonl"
-    assert (world / "killed" / name).read_bytes() == (world / "whole" / name).read_bytes()
-    picks = "mergeready/picks"
-    whole_files = sorted(p.relative_to(world / "whole") for p in (world / "whole" / picks).rglob("*"))
-    killed_files = sorted(p.relative_to(world / "killed") for p in (world / "killed" / picks).rglob("*"))
-    assert whole_files == killed_files
-    for path in whole_files:
-        if (world / "whole" / path).is_file():
-            assert (world / "whole" / path).read_bytes() == (world / "killed" / path).read_bytes(), path
+    expected = contents(world / "whole")
+    for at in (5, 7, 11):
+        folder = world / f"killed-{at}"
+        assert exit_code(killed, world, folder, at) == -signal.SIGKILL
+        resumed, _ = same_run(world, folder)
+        resumed.train(resume_from_checkpoint=True)
+        assert equal(weights_of(whole.model), weights_of(resumed.model))
+        assert contents(folder) == expected
+
+
+def contents(folder: Path) -> dict[Path, bytes | None]:
+    """The history and everything in the folder of picks; None for a folder."""
+    found = [folder / "mergeready/history.jsonl", *(folder / "mergeready/picks").rglob("*")]
+    return {path.relative_to(folder): path.read_bytes() if path.is_file() else None for path in found}
 
 
 def test_resume_without_a_base_finds_its_snapshot(world: Path) -> None:
