@@ -17,14 +17,11 @@ SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != SHA
 
 RUNNER = """
 import contextlib, io, json, runpy, sys, traceback
-from mergeready.validation import share
-share_run = share.share_run
 folder, *names = sys.argv[1:]
 sys.path.insert(0, folder)
 outcomes = {}
 for name in names:
     sys.argv = [name] if name == "validate_in_ci.py" else [name, "--quick"]
-    share.share_run = share_run if name == "trainer.py" else None  # reports take seconds, and nobody reads them here
     printed, code = io.StringIO(), 0
     with contextlib.redirect_stdout(printed):
         try:
