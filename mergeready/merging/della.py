@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,35 +29,39 @@ class _Rows:
     name: str
     slot: int
     width: int
+    table: Tensor
+    """At each rank, the largest random number that keeps an element: its probability · 65536 − 1, 16 bits."""
     last: tuple[tuple[int, int], Tensor] = field(default=((0, 0), torch.empty(0)))
     known: dict[tuple[int, int], Tensor] | None = None
-    """Levels of what is kept and 0 for what is dropped, by range, where they are the same in every merge."""
+    """Probabilities of what is kept in 1/65536 and 0 for what is dropped, by range, where they never change."""
 
-    def kept(self, chunk: Tensor, place: Place, table: Tensor, seed: int) -> Tensor:
-        """The table's entry for each element that is kept, 0 for each that is dropped."""
+    def factors(self, chunk: Tensor, place: Place, seed: int) -> Tensor:
+        """What to multiply each element with: 0 to drop it, else what makes up for its chance to be dropped."""
         known = None if self.known is None else self.known.get((place.start, place.stop))
         if known is not None:
-            return known
+            return torch.div(LEVELS, known.to(chunk.dtype)).nan_to_num_(posinf=0.0)
         numbers = random_numbers(
             seed=seed, slot=self.slot, name=place.name, start=place.start, stop=place.stop
         )
-        levels = self.levels(chunk, place, table)
-        kept = torch.from_numpy(numbers.astype("float32")).lt_(levels).mul_(levels)
+        most = self.most(chunk, place).numpy().view(np.uint16)
+        kept = numbers <= most
         if self.known is not None:
-            self.known[place.start, place.stop] = kept.to(torch.uint16)
-        return kept
+            self.known[place.start, place.stop] = torch.from_numpy((most + np.uint16(1)) * kept)
+        levels = torch.from_numpy(most.astype(np.float32)).add_(1).to(chunk.dtype)
+        # torch converts bytes, not booleans, several at a time
+        return torch.div(LEVELS, levels).mul_(torch.from_numpy(kept.view(np.uint8)).to(chunk.dtype))
 
-    def levels(self, chunk: Tensor, place: Place, table: Tensor) -> Tensor:
-        """Each element's entry in a table of one value a rank."""
+    def most(self, chunk: Tensor, place: Place) -> Tensor:
+        """Each element's entry in the table."""
         first = place.start // self.width * self.width
         stop = -(-place.stop // self.width) * self.width
         if (first, stop) == (place.start, place.stop):
-            return _by_rank(chunk, self.width, table)
-        (known, levels) = self.last
+            return _by_rank(chunk, self.width, self.table)
+        (known, most) = self.last
         if known != (first, stop):  # the pieces of a row that is longer than a chunk come one after another
-            levels = _by_rank(self.vector.flat(self.name, first, stop), self.width, table)
-            self.last = ((first, stop), levels)
-        return levels[place.start - first : place.stop - first]
+            most = _by_rank(self.vector.flat(self.name, first, stop), self.width, self.table)
+            self.last = ((first, stop), most)
+        return most[place.start - first : place.stop - first]
 
 
 def _width(info: TensorInfo) -> int:
@@ -76,7 +81,9 @@ def _may_remember(vector: TaskVector, info: TensorInfo) -> bool:
 
 def _by_rank(values: Tensor, width: int, table: Tensor) -> Tensor:
     order = row_order(values.float().reshape(-1, width))
-    return torch.empty(order.shape).scatter_(1, order, table.expand(order.shape)).reshape(-1)
+    return (
+        torch.empty(order.shape, dtype=table.dtype).scatter_(1, order, table.expand(order.shape)).reshape(-1)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,20 +110,22 @@ class _Della(ElementwiseMethod):
 
     def prepare(self, vector: TaskVector, name: str, slot: int) -> _Rows:
         info = vector.infos[name]
-        rows = _Rows(vector, name, slot, _width(info))
+        width = _width(info)
+        rows = _Rows(vector, name, slot, width, self._table(width))
         if self.density + self.epsilon < 1 and _may_remember(vector, info):  # levels fit into 16 bits
             rows.known = {}
         return rows
 
     def _table(self, width: int) -> Tensor:
-        """The probability to be kept at each rank, as a whole number of 1/65536."""
+        """See :class:`_Rows`; the bits of unsigned numbers as signed ones, which torch can move."""
         low, high = self.density - self.epsilon, self.density + self.epsilon
         kept = (
             torch.linspace(low, high, width, dtype=torch.float64)
             if width > 1
             else torch.tensor([self.density])
         )
-        return kept.mul(LEVELS).round().clamp(1, LEVELS).float()
+        levels = kept.mul(LEVELS).round().clamp(1, LEVELS)
+        return torch.from_numpy((levels.numpy() - 1).astype(np.uint16).view(np.int16))
 
     def _drop(self, deltas: Sequence[Tensor], prepared: Sequence[Any], place: Place) -> None:
         """Drop entries at random, small ones more often, and divide the rest by its probability; in place."""
@@ -125,8 +134,7 @@ class _Della(ElementwiseMethod):
         for delta, rows in zip(deltas, prepared, strict=True):
             if rows is None:
                 continue
-            kept = rows.kept(delta, place, self._table(rows.width), self.seed).to(delta.dtype)
-            delta.mul_(torch.div(LEVELS, kept).nan_to_num_(posinf=0.0).to(delta.device))
+            delta.mul_(rows.factors(delta, place, self.seed).to(delta.device))
 
 
 @register
