@@ -43,7 +43,9 @@ def move(model: nn.Module, seed: int, everything: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.requires_grad or everything:
+            if everything:
+                parameter.requires_grad_(True)  # what is frozen must equal the base
+            if parameter.requires_grad:
                 parameter += 1e-3 * torch.randn(parameter.shape, generator=generator)
 
 

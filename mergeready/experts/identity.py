@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from mergeready.errors import BaseMismatchError, listing
 from mergeready.weights.names import match_names
@@ -94,10 +95,17 @@ class BaseIdentity:
 
 def _digest(source: WeightSource, name: str, info: TensorInfo) -> str:
     digest = hashlib.sha256(f"{info.shape} {info.dtype}".encode())
-    for start in sample_starts(info.numel):
-        block = source.read_flat(name, start, min(start + _BLOCK_LENGTH, info.numel))
-        digest.update(block.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for block in sampled(source, name):
+        digest.update(block.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def sampled(source: WeightSource, name: str) -> list[Tensor]:
+    """The blocks of a tensor that stand for it: 1-D, in the stored dtype, on the CPU; a small tensor whole."""
+    numel = source.infos[name].numel
+    if numel <= _BLOCKS * _BLOCK_LENGTH:
+        return [source.read_flat(name, 0, numel).cpu()]
+    return [source.read_flat(name, start, start + _BLOCK_LENGTH).cpu() for start in sample_starts(numel)]
 
 
 def sample_starts(numel: int) -> list[int]:

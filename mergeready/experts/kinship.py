@@ -2,16 +2,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from itertools import islice
 
 import torch
 
 from mergeready.errors import BaseMismatchError
-from mergeready.experts.identity import sample_starts
+from mergeready.experts.identity import sampled
 from mergeready.weights.source import WeightSource
 
 MIN_COSINE = 0.5
 MAX_ROUNDING = 0.01
-_BLOCK_LENGTH = 16
+_BATCH = 1024  # tensors whose samples are multiplied at once
 
 
 def require_kinship(expert: WeightSource, base: WeightSource, names: Mapping[str, str]) -> None:
@@ -64,12 +65,10 @@ def _sampled_products(
 ) -> tuple[float, float, float, float]:
     """⟨m, b⟩, ‖m‖², ‖b‖² and ‖m − b‖² over sampled entries."""
     sums = torch.zeros(4, dtype=torch.float64)
-    for base_name, own_name in names:
-        info = base.infos[base_name]
-        for start in sample_starts(info.numel):
-            stop = min(start + _BLOCK_LENGTH, info.numel)
-            m = model.read_flat(own_name, start, stop).cpu().double()
-            b = base.read_flat(base_name, start, stop).cpu().double()
-            sums += torch.stack([m @ b, m @ m, b @ b, (m - b) @ (m - b)])
+    pairs = iter(names)
+    while batch := list(islice(pairs, _BATCH)):
+        m = torch.cat([part.double() for _, own_name in batch for part in sampled(model, own_name)])
+        b = torch.cat([part.double() for base_name, _ in batch for part in sampled(base, base_name)])
+        sums += torch.stack([m @ b, m @ m, b @ b, (m - b) @ (m - b)])
     dot, own, theirs, difference = sums.tolist()
     return dot, own, theirs, difference

@@ -23,7 +23,7 @@ class _Band:
 
     def trim(self, chunk: Tensor, start: int) -> None:
         """Put zeros in place of all other entries, in place; infinite ones become NaN, so that engines see them."""
-        top = None if self.outliers is None else self.outliers.trim(chunk.clone(), start)
+        top = None if self.outliers is None else self.outliers.trimmed(chunk, start)
         self.largest.trim(chunk, start)
         if top is not None:
             chunk.sub_(top)

@@ -48,10 +48,17 @@ class TopK:
 
     def trim(self, chunk: Tensor, start: int) -> Tensor:
         """Put zeros in place of all entries but the k largest, in place; NaN stay NaN, so that engines see them."""
+        return self._trim(chunk, start, chunk)
+
+    def trimmed(self, chunk: Tensor, start: int) -> Tensor:
+        """As :meth:`trim`, a new tensor."""
+        return self._trim(chunk, start, torch.empty_like(chunk))
+
+    def _trim(self, chunk: Tensor, start: int, out: Tensor) -> Tensor:
         border = self._border(chunk, start)
-        for part, most in ((chunk[:border], _next_below(self.value)), (chunk[border:], self.value)):
-            torch.hardshrink(part, math.inf if math.isnan(most) else most, out=part)
-        return chunk
+        for part, most in ((slice(border), _next_below(self.value)), (slice(border, None), self.value)):
+            torch.hardshrink(chunk[part], math.inf if math.isnan(most) else most, out=out[part])
+        return out
 
     def _border(self, chunk: Tensor, start: int) -> int:
         return max(0, min(len(chunk), self.last_index + 1 - start))
