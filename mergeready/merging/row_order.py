@@ -86,7 +86,8 @@ def _unsure(keys: NDArray[np.uint32], doubtful: NDArray[np.int64], width: int) -
     unsure &= (some[:, 1:] & np.uint32(1 << width)) != 0
     places = np.flatnonzero(unsure)
     row, column = np.divmod(places, unsure.shape[1])
-    return doubtful[row] * keys.shape[1] + column + 1
+    found: Positions = doubtful[row] * keys.shape[1] + column + 1
+    return found
 
 
 def _keys(bits: NDArray[np.uint32], size: int) -> NDArray[np.uint32]:
