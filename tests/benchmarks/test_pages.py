@@ -33,7 +33,7 @@ def result(name: str) -> Any:
 PAGES = {
     "fingerprints": lambda: fingerprints.markdown(result("fingerprints")),
     "in_place": lambda: in_place.table(result("in_place")),
-    "merge_engine": lambda: merge_engine.table(result("merge_engine")["cells"]),
+    "merge_engine": lambda: merge_engine.page(result("merge_engine")["machines"]),
     "method_order": lambda: method_order.table(result("method_order")),
     "overhead": lambda: overhead.table(result("overhead")["cells"], result("overhead")["notes"]),
 }
