@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from benchmarks import techniques_page
+from benchmarks import lora_page, techniques_page
 from benchmarks.study_words import COUNTS, MODELS, MORE, Study, cost, excludes_zero, over, rate
 from mergeready.study.cells import EXPERT
 from mergeready.study.results import Results
@@ -31,7 +31,8 @@ print(yaml.safe_load(path.read_text())["situations"][0]["recommend"])
 """
 
 
-def page(study: Study, screening: Study, seeds: Study) -> str:
+def page(study: Study, screening: Study, seeds: Study, adapters: Study) -> str:
+    """The text, of the studies that were run."""
     results, suite, trained = study.results, study.suite, study.arm
     if not results.contents:
         return f"# What training choices do to a merge\n\nNot measured yet.\n\n{RECOMMENDED.strip()}\n"
@@ -53,8 +54,7 @@ def page(study: Study, screening: Study, seeds: Study) -> str:
 The starting paper changed two things at once: the schedule (reduced on plateau in place of cosine) and the moment to stop.
 Here they are apart. {MODELS[suite["backbone"]]}, {COUNTS[study.tasks]} text tasks, {suite["train"]} training examples a task,
 AdamW {rate(trained.learning_rate)}, batch {trained.batch_size}, {end} steps at most; "early" stops
-when validation accuracy has not improved for {COUNTS[patience]} evaluations of {trained.evaluate_every} steps; {over(results)},
-{suite["test"]} a task, and say nothing of seeds: **a screening, not a result**.
+when validation accuracy has not improved for {COUNTS[patience]} evaluations of {trained.evaluate_every} steps; {suite["test"]} test examples a task, {over(results)}.
 
 ![Arms side by side](study/schedules-arms.png)
 
@@ -66,11 +66,13 @@ Runs ended at these steps, on average over tasks: {_ended(results)}.
 
 Of these {len(changes)} differences, {told} have an interval that excludes 0.
 
-{techniques_page.section((screening.settings, screening.results), (seeds.settings, seeds.results))}
+{techniques_page.section(screening, seeds)}
+
+{lora_page.section(adapters, seeds, techniques_page.PLAIN) if adapters.results.contents else ""}
 
 {RECOMMENDED.strip()}
 
-{cost([study, screening, seeds])} {MORE}
+{cost([study, screening, seeds, adapters])} {MORE}
 """
 
 

@@ -6,24 +6,13 @@ import json
 
 import numpy as np
 
-from benchmarks import late_updates_page
-from benchmarks.study_words import (
-    COUNTS,
-    KEPT,
-    MODELS,
-    MORE,
-    Study,
-    cost,
-    excludes_zero,
-    nothing,
-    over,
-    rate,
-    verdict,
-)
+from benchmarks import experts_number_page, late_updates_page, vision_page
+from benchmarks.overtraining_words import conclusions
+from benchmarks.study_words import COUNTS, KEPT, MODELS, MORE, Study, cost, over, rate
 from benchmarks.text_experts import ExpertSpec
 from mergeready.study.cells import EXPERT
 from mergeready.study.results import Results, Sample
-from mergeready.study.tables import curve_table, markdown, merge_labels, peak_table, plain, shown, signed
+from mergeready.study.tables import curve_table, markdown, merge_labels, plain, shown, signed
 
 WRONG, TRUE, RIGHT = "wrong labels", "their true labels", "right labels"
 HOW = """
@@ -52,17 +41,18 @@ scratch and compares; `--figures` draws everything again from what is kept.
 """
 
 
-def page(curve: Study, noise: Study) -> str:
+def page(curve: Study, images: Study, number: Study, noise: Study) -> str:
+    """The text, of the studies that were run."""
     parts = [
         "# Does overtraining harm merging?",
         _curve_text(curve),
-        _conclusions(curve.results),
+        _ending(curve.results),
         _tasks_text(curve.results),
         late_updates_page.section(curve.results),
     ]
-    if noise.results.contents:
-        parts.append(_noise_text(noise))
-    parts += [HOW.strip(), cost([curve, noise]) + _experts_cost(curve) + " " + MORE]
+    further = ((images, vision_page.section), (number, experts_number_page.section), (noise, _noise_text))
+    parts += [section(study) for study, section in further if study.results.contents]
+    parts += [HOW.strip(), cost([curve, images, number, noise]) + _experts_cost(curve) + " " + MORE]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
@@ -84,60 +74,9 @@ and seed on {suite["validation"]} validation examples a task, by a search that w
 """
 
 
-def _conclusions(results: Results) -> str:
-    arm, end = results.labels("arm")[0], results.steps(results.labels("arm")[0])[-1]
-    lines = [f"## What training to step {end} does", "", peak_table(results), ""]
-    falls = []
-    for method in merge_labels(results):
-        best = results.best_step(arm, method)
-        difference = None if best is None else results.difference((arm, end, method), (arm, best, method))
-        if difference is None:
-            continue
-        if verdict(difference).startswith("falls"):
-            falls.append(method)
-        lines.append(
-            f"- Merged with **{method}**, accuracy {verdict(difference)} from step {best}, which validation chose, to step {end}: "
-            f"{plain(results.sample(arm, best, method))} to {plain(results.sample(arm, end, method))}, "
-            f"{signed(difference)} over seeds, {signed(difference, examples=True)} over examples."
-            if best != end
-            else f"- Merged with **{method}**, accuracy is best at the last step, {plain(results.sample(arm, end, method))}."
-        )
-    early = min((results.best_step(arm, m) or end for m in falls), default=end)
-    experts = results.difference((arm, end, EXPERT), (arm, early, EXPERT))
-    if experts is not None and early != end:
-        lines.append(
-            f"- The experts themselves {verdict(experts, 'gain', 'lose')} meanwhile: {signed(experts)} over seeds from "
-            f"step {early} to step {end}."
-        )
-    ranking = sorted(merge_labels(results), key=lambda m: -(results.sample(arm, end, m) or nothing()).value)
-    if len(ranking) > 1:
-        lines.append(_method_matters(results, arm, end, ranking[0]))
-    lines += [
-        "",
-        "A plain “falls” or “rises” is said where both intervals exclude 0, over seeds and over examples; “on these seeds” where only the one over examples does.",
-    ]
-    return "\n".join(lines)
-
-
-def _method_matters(results: Results, arm: str, end: int, best_method: str) -> str:
-    stopped = {m: results.best_step(arm, m) or end for m in merge_labels(results) if m != best_method}
-    rival = max(stopped, key=lambda m: (results.sample(arm, stopped[m], m) or nothing()).value)
-    difference = results.difference((arm, end, best_method), (arm, stopped[rival], rival))
-    largest = max(
-        abs(change.value)
-        for m in merge_labels(results)
-        if (change := results.difference((arm, end, m), (arm, results.best_step(arm, m) or end, m)))
-    )
-    matters = difference is not None and excludes_zero(difference) and difference.value > largest
-    claim = (
-        f"The merge method matters more than the moment (at most {largest:.3f} above)"
-        if matters
-        else "Across merge methods"
-    )
-    return (
-        f"- {claim}: {best_method} at step {end} against {rival}, the next best, at its best "
-        f"step {stopped[rival]} is {signed(difference)} over seeds, {signed(difference, examples=True)} over examples."
-    )
+def _ending(results: Results) -> str:
+    end = results.steps(results.labels("arm")[0])[-1]
+    return f"## What training to step {end} does\n\n{conclusions(results)}"
 
 
 def _tasks_text(results: Results) -> str:
@@ -196,7 +135,7 @@ def _noise_text(study: Study) -> str:
 
 Of the training labels, {suite["label_noise"]:.0%} are replaced by wrong ones, and which is known ({MODELS[suite["backbone"]]},
 {COUNTS[study.tasks]} tasks, {suite["train"]} examples, batch {trained.batch_size},
-{rate(trained.learning_rate)}, {trained.schedule.kind}; {over(results)}: a lead, not a result).
+{rate(trained.learning_rate)}, {trained.schedule.kind}; {over(results)}).
 
 {markdown(["", "accuracy on", *(f"step {step}" for step in steps)], lines)}
 

@@ -18,7 +18,9 @@ from mergeready.study.report import write_report
 from mergeready.study.run import Runner
 
 DOCS = ROOT / "docs"
-NAMES = ("overtraining", "schedules", "memorization", "techniques", "techniques_seeds")
+STUDY = ("overtraining", "vision", "experts_number", "memorization")
+RESULTS = ("schedules", "techniques", "techniques_seeds", "lora")
+NAMES = (*STUDY, *RESULTS)
 
 
 def main() -> None:
@@ -35,10 +37,8 @@ def main() -> None:
 def pages(studies: dict[str, Study]) -> dict[str, str]:
     """The pages' texts, by file name."""
     return {
-        "study.md": study_page.page(studies["overtraining"], studies["memorization"]),
-        "results.md": results_page.page(
-            *(studies[name] for name in ("schedules", "techniques", "techniques_seeds"))
-        ),
+        "study.md": study_page.page(*(studies[name] for name in STUDY)),
+        "results.md": results_page.page(*(studies[name] for name in RESULTS)),
     }
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import stdtrit
 
 from mergeready.study.results import Results, Sample
 from mergeready.study.run import Runner
@@ -57,8 +58,9 @@ def load(name: str) -> Study:
 
 def over(results: Results) -> str:
     count = len(results.labels("seed"))
-    over = "seeds" if count > 1 else "test examples"
-    return f"{count} seed{'s' if count > 1 else ''}, so the intervals are over {over}"
+    if count > 1:
+        return f"{count} seeds, so the intervals are t intervals over seeds"
+    return "one seed, so the intervals are over test examples and say nothing of seeds: **a screening, not a result**"
 
 
 def rate(value: float) -> str:
@@ -67,7 +69,8 @@ def rate(value: float) -> str:
 
 
 def cost(studies: Iterable[Study]) -> str:
-    parts = []
+    """What studies took in CPU time."""
+    parts, total = [], 0.0
     for study in studies:
         name, results = study.settings.name, study.results
         if not results.contents:
@@ -75,9 +78,10 @@ def cost(studies: Iterable[Study]) -> str:
         kept = [json.loads(path.read_text()) for path in sorted((KEPT / name / "runs").glob("*.json"))]
         training = sum(record["cpu_seconds"] for record in kept) / 3600
         merging = results.merging_seconds() / 3600
-        trained = f"{training:.2f} CPU hours of training and " if kept else ""
-        parts.append(f"{name}: {trained}{merging:.2f} CPU hours of merging, tuning and testing")
-    return f"## Cost\n\n{'; '.join(parts)}."
+        total += training + merging
+        trained = f"{training:.2f} of training and " if kept else ""
+        parts.append(f"{name}: {trained}{merging:.2f} of merging, tuning and testing")
+    return f"## Cost\n\nIn CPU hours: {'; '.join(parts)}; {total:.2f} in all."
 
 
 def verdict(sample: Sample, up: str = "rises", down: str = "falls") -> str:
@@ -101,6 +105,16 @@ def excludes_zero(sample: Sample) -> bool:
     if sample.over_seeds().low is not None:
         estimates.append(sample.over_seeds())
     return all(e.low > 0 or e.high < 0 for e in estimates)
+
+
+def share_kept(merged: Sample, experts: Sample, base: Sample) -> str:
+    """Share of the experts' gain over the base that a merge keeps, with its 95 % t interval over seeds."""
+    shares = (merged.by_seed - base.by_seed) / (experts.by_seed - base.by_seed)
+    if len(shares) < 2:
+        return f"{shares[0]:.0%}"
+    middle = shares.mean()
+    half = float(stdtrit(len(shares) - 1, 0.975)) * shares.std(ddof=1) / len(shares) ** 0.5
+    return f"{middle:.0%} [{middle - half:.0%}, {middle + half:.0%}]"
 
 
 def nothing() -> Sample:

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.study_words import COUNTS, MODELS, rate
+from benchmarks.study_words import COUNTS, MODELS, Study, rate
 from mergeready.study.cells import EXPERT
 from mergeready.study.results import Results, Sample
-from mergeready.study.settings import StudySettings
 from mergeready.study.tables import markdown, merge_labels, plain, shown, signed
 
 PLAIN, PLATEAU = "cosine", "plateau"
@@ -57,34 +56,32 @@ class Place:
 STOPS = ("end", VALIDATED, JOINT)
 
 
-def section(screening: tuple[StudySettings, Results], seeds: tuple[StudySettings, Results]) -> str:
+def section(screening: Study, seeds: Study) -> str:
     """The text.
 
     Args:
         screening: The study of all arms with one seed.
         seeds: The study of the best ones with several.
     """
-    settings, found = screening
+    found, shared, suite = screening.results, screening.settings.arms[PLAIN], screening.suite
     if not found.contents:
         return "## Techniques\n\nNot measured yet."
-    shared, suite = settings.arms[PLAIN], settings.suite.arguments
     about = f"""## Techniques: a screening
 
-Every technique alone on {COUNTS[len(settings.tasks or ())]} text tasks ({MODELS[suite["backbone"]]}, {suite["train"]} training examples a task,
-{max(settings.steps)} steps of batch {shared.batch_size}, cosine from {rate(shared.learning_rate)} unless the arm says otherwise), one seed; the merge's scale is searched
+Every technique alone on {COUNTS[screening.tasks]} text tasks ({MODELS[suite["backbone"]]}, {suite["train"]} training examples a task,
+{max(screening.settings.steps)} steps of batch {shared.batch_size}, cosine from {rate(shared.learning_rate)} unless the arm says otherwise), one seed; the merge's scale is searched
 anew for every arm on {suite["validation"]} validation examples a task. Brackets are 95 % bootstrap intervals over {suite["test"]} test examples a task and
 say nothing of seeds. `{PLAIN}` is plain training to the end, `{PLATEAU}` lowers the rate on plateau and stops. Time is CPU time of a run against `{PLAIN}`'s,
-on a shared machine. What each arm sets is in `benchmarks/studies/techniques.yaml`.
+on a shared machine. What each arm sets is in `benchmarks/studies/{screening.settings.name}.yaml`.
 
 {screening_table(found)}
 
 {screening_text(found)}"""
-    settings, found = seeds
-    if not found.contents:
-        return about
-    return f"""{about}
+    return f"{about}\n\n{_over_seeds(seeds.results)}" if seeds.results.contents else about
 
-## The best of them, over seeds
+
+def _over_seeds(found: Results) -> str:
+    return f"""## The best of them, over seeds
 
 {COUNTS[len(found.labels("seed"))].capitalize()} seeds, {COUNTS[len(merge_labels(found))]} merge methods, three moments to stop: the end; each expert's own best checkpoint on
 validation ("best validation"); and the step at which the merge itself is best on validation, the same for all experts ("best merge", what stopping by probes

@@ -149,8 +149,8 @@ def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 def _interval(estimate: Estimate, sign: str) -> str:
     if estimate.low is None or estimate.high is None:
-        return f"{estimate.value:{sign}.3f}"
-    return f"{estimate.value:{sign}.3f} [{estimate.low:{sign}.3f}, {estimate.high:{sign}.3f}]"
+        return f"{estimate.value:{sign}z.3f}"
+    return f"{estimate.value:{sign}z.3f} [{estimate.low:{sign}z.3f}, {estimate.high:{sign}z.3f}]"
 
 
 def _at(at: str) -> str:

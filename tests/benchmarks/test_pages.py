@@ -104,3 +104,26 @@ def test_the_table_of_batchnorm_is_what_was_measured() -> None:
     live = content["live"]["merges"].values()
     assert sum(not merge["inside"] for merge in live) == 3
     assert f"({content['test_images_a_task']} images a task" in text
+
+
+def test_the_readme_says_what_was_found_of_images_techniques_and_adapters() -> None:
+    text = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    images, found = study_words.load("vision"), study_words.load("vision").results
+    counts, end = study_words.COUNTS, max(images.settings.steps)
+    assert f"of {counts[images.tasks]} SqueezeNet experts" in text
+    assert "no method's accuracy changes measurably after a quarter of the run" in text
+    for method in images.settings.methods:
+        change = found.difference(("constant", end, method), ("constant", end // 4, method))
+        assert change is not None
+        assert not study_words.excludes_zero(change)
+    arms = {
+        arm for name in ("techniques", "techniques_seeds") for arm in study_words.load(name).settings.arms
+    }
+    assert len(arms) == 16
+    assert "holds sixteen ways to train against each other" in text
+    assert "with LoRA, TSV-M is not measurably ahead of task arithmetic" in text
+    adapters = study_words.load("lora").results
+    for arm in adapters.labels("arm"):
+        change = adapters.difference((arm, 160, "tsv_m"), (arm, 160, "task_arithmetic"))
+        assert change is not None
+        assert not (change.value > 0 and study_words.excludes_zero(change))

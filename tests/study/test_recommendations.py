@@ -12,6 +12,7 @@ from benchmarks import study_report, study_words
 from mergeready.merging import method_names
 from mergeready.study.results import Results
 from mergeready.study.settings import RateSettings
+from mergeready.training.records import Estimate
 from mergeready.training.settings import RunSettings
 
 ROOT = Path(study_report.__file__).parent.parent
@@ -67,6 +68,23 @@ def test_the_recommended_methods_differ_as_the_cells_say() -> None:
     assert over is not None
     assert over.over_seeds().low > 0  # type: ignore[operator]
     assert SITUATIONS[2]["settings"]["merge"]["method"] in method_names()
+
+
+def test_what_is_said_of_adapters_is_what_the_cells_say() -> None:
+    results = kept("lora")
+
+    def change(one: tuple[str, str], two: tuple[str, str]) -> Estimate:
+        found = results.difference((one[0], 160, one[1]), (two[0], 160, two[1]))
+        assert found is not None
+        return found.over_seeds()
+
+    for arm in results.labels("arm"):
+        assert change((arm, "tsv_m"), (arm, "task_arithmetic")).low < 0
+    for arm in ("rank_4", "rank_16_own_start"):
+        for method in results.labels("method"):
+            found = change((arm, method), ("rank_16", method))
+            assert found.low < 0 < found.high
+    assert change(("rank_16_frozen_a", "task_arithmetic"), ("rank_16", "task_arithmetic")).high < 0
 
 
 def test_the_recommended_technique_differs_as_the_cells_say() -> None:
