@@ -112,7 +112,10 @@ class _Della(ElementwiseMethod):
         info = vector.infos[name]
         width = _width(info)
         rows = _Rows(vector, name, slot, width, self._table(width))
-        if self.density + self.epsilon < 1 and _may_remember(vector, info):  # levels fit into 16 bits
+        fits = (
+            round((self.density + self.epsilon) * LEVELS) < LEVELS
+        )  # into 16 bits, with 0 for what is dropped
+        if fits and _may_remember(vector, info):
             rows.known = {}
         return rows
 

@@ -189,3 +189,13 @@ def test_memory_of_masks_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(found, merged(make_method("della"), deltas, [1.0, 1.0]))
     rows = next(value for value in made[1].memory.values() if hasattr(value, "known"))
     assert rows.known is None
+
+
+def test_a_probability_that_rounds_to_one_is_not_remembered_as_none() -> None:
+    deltas, method = several_chunks(2), make_method("della_linear", density=0.5, epsilon=0.4999999)
+    expected, made = merged(method, deltas, [1.0, 1.0]), vectors(deltas)
+    made[1].memory = {}
+    for _ in range(2):
+        found = merged_delta(method, NAME, made[0].infos[NAME], made, [1.0, 1.0])
+        assert found is not None
+        assert torch.equal(found, expected)
