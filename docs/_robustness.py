@@ -41,7 +41,10 @@ def draw_memory(soak: dict[str, Any]) -> bytes:
 faults = yaml.safe_load((DOCS / "_faults.yaml").read_text(encoding="utf-8"))
 for row in faults:
     require_test(row["test"])
-fuzz, soak = (json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in ("fuzz", "soak"))
+fuzz, soak, lowest = (
+    json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    for name in ("fuzz", "soak", "lowest_versions")
+)
 template = Template((DOCS / "_robustness.md.jinja").read_text(encoding="utf-8"))
 with mkdocs_gen_files.open("robustness.md", "w") as page:
     page.write(
@@ -49,6 +52,10 @@ with mkdocs_gen_files.open("robustness.md", "w") as page:
             faults=faults,
             fuzz=fuzz,
             soak=soak,
+            lowest=lowest,
+            passed=sum(room["passed"] for room in lowest["rooms"].values()),
+            failed=sum(len(room["failed"]) for room in lowest["rooms"].values()),
+            skipped=sum(room["skipped"] for room in lowest["rooms"].values()),
             inputs=sum(cell["inputs"] for cell in fuzz.values()),
             findings=sum(len(cell["findings"]) for cell in fuzz.values()),
         )

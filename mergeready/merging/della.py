@@ -112,9 +112,8 @@ class _Della(ElementwiseMethod):
         info = vector.infos[name]
         width = _width(info)
         rows = _Rows(vector, name, slot, width, self._table(width))
-        fits = (
-            round((self.density + self.epsilon) * LEVELS) < LEVELS
-        )  # into 16 bits, with 0 for what is dropped
+        # Levels and 0, for what is dropped, have to fit into 16 bits.
+        fits = round((self.density + self.epsilon) * LEVELS) < LEVELS
         if fits and _may_remember(vector, info):
             rows.known = {}
         return rows
