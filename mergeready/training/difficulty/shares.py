@@ -63,14 +63,16 @@ def share_of_hardest(
         raise OptionError(f"{len(carried)} values cannot be ranked by {len(ranks)} difficulties.")
     if not np.all(carried >= 0) or not np.all(np.isfinite(carried)) or np.isnan(ranks).any():
         raise OptionError("values must be finite and not negative, difficulties must not be NaN.")
-    total = float(carried.sum())
-    if not total:
+    largest = carried.max(initial=0.0)
+    if not largest:
         return math.nan
+    carried = carried / largest  # sums of very large or very small values would leave the range of floats
     ordered = carried[np.argsort(-ranks, kind="stable")]
     wanted = share * len(ordered)
     whole = math.floor(wanted + 1e-9)
     part = wanted - whole
-    return float(ordered[:whole].sum() + (part * ordered[whole] if whole < len(ordered) else 0)) / total
+    hardest = ordered[:whole].sum() + (part * ordered[whole] if whole < len(ordered) else 0)
+    return float(hardest / ordered.sum())
 
 
 def head_gradient_norms(el2n: Tensor, inputs: Tensor, *, bias: bool = True) -> Tensor:

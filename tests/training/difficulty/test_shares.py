@@ -32,6 +32,12 @@ def test_is_the_area_beside_the_lorenz_curve(values: list[float], share: float) 
     assert found >= share - 1e-6
 
 
+@pytest.mark.parametrize("size", [5e-324, 1e308])
+def test_values_at_the_ends_of_the_range(size: float) -> None:
+    assert share_of_hardest([size], 0.1) == pytest.approx(0.1)
+    assert share_of_hardest([size, size, size, 0.0], 0.25) == pytest.approx(1 / 3)
+
+
 def test_an_independent_difficulty_ranks() -> None:
     values, hard = [4.0, 1.0, 2.0, 3.0], [0.0, 9.0, 8.0, 1.0]
     assert share_of_hardest(values, 0.5) == pytest.approx(0.7)
