@@ -18,12 +18,12 @@ from mergeready.experts.record import write_record
 from mergeready.merging.double import Arithmetic, in_arithmetic
 from mergeready.merging.inputs import job_key
 from mergeready.merging.journal import Finished, Journal
-from mergeready.merging.parameter import merged_chunks, raise_if_broken
+from mergeready.merging.parameter import add_delta, merged_chunks, raise_if_broken
 from mergeready.merging.plan import MergeJob
 from mergeready.merging.provenance import public, write_card, write_recipe
 from mergeready.merging.ranks import open_ranks
 from mergeready.merging.registry import MethodLike
-from mergeready.merging.rounding import RoundingLoss, rounded
+from mergeready.merging.rounding import RoundingLoss, rounding_sums
 from mergeready.merging.statistics import Statistics, merged_statistic
 from mergeready.merging.workers import run_bounded
 from mergeready.weights.json_file import read_json_object
@@ -255,7 +255,8 @@ class _Worker:
         change, error, broken, written = 0.0, 0.0, False, False
         for start, stop, delta in merged_chunks(method, name, info, self._vectors, setting.weights):
             original = source.read_flat(name, start, stop)
-            merged, moved, lost = rounded(original, delta, setting.scale, out)
+            merged = add_delta(original, delta, setting.scale, out)
+            moved, lost = rounding_sums(original, delta, setting.scale, merged)
             change, error, written = change + moved, error + lost, True
             # Looking at every value costs more than merging it: the error is finite where they are.
             broken = broken or not (math.isfinite(lost) or bool(torch.isfinite(merged).all()))

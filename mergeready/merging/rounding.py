@@ -15,23 +15,11 @@ from mergeready.merging.journal import Finished
 _WORST = 5
 
 
-def rounded(base: Tensor, delta: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, float, float]:
-    """The merged values m of one piece, ‖c‖² and ‖(m − b) − c‖², for base b and change c = scale · delta.
-
-    Values are those of :func:`mergeready.merging.parameter.add_delta`, which this computes along the way.
-
-    Args:
-        base: Values of the base, 1-D.
-        delta: Merged delta, 1-D, in the precision of the sums; it may be overwritten.
-        scale: Factor on the delta.
-        dtype: What to round to.
-    """
-    change = delta if scale == 1 else delta.mul_(scale)
-    exact = base.to(change)
-    merged = (change + exact).to(dtype)
-    size = float(torch.dot(change, change))
-    error = merged.to(change.dtype, copy=True).sub_(exact).sub_(change)
-    return merged, size, float(torch.dot(error, error))
+def rounding_sums(base: Tensor, delta: Tensor, scale: float, merged: Tensor) -> tuple[float, float]:
+    """‖c‖² and ‖(m − b) − c‖² of one piece, for base b, change c = scale · delta and the rounded result m."""
+    change = delta * scale
+    error = merged.to(change).sub(base.to(change)).sub_(change)
+    return float(torch.dot(change, change)), float(torch.dot(error, error))
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ import torch
 
 from mergeready.merging import merge_folders
 from mergeready.merging.journal import Finished
-from mergeready.merging.parameter import add_delta
-from mergeready.merging.rounding import RoundingLoss, rounded
+from mergeready.merging.rounding import RoundingLoss, rounding_sums
 from tests.merging.worlds import World, make_world, state, tensors_of
 
 
@@ -41,18 +40,13 @@ def test_fp32_loses_next_to_nothing(world: World, tmp_path: Path) -> None:
     assert json.loads((out / "mergeready.json").read_text())["rounding"]["total"] < 1e-5
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.5])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merged_values_are_those_of_every_engine(scale: float, dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
-    base, delta = torch.randn(2, 1000, generator=generator)
-    kept = base.clone()
-    merged, change, error = rounded(base, delta.clone(), scale, dtype)
-    assert torch.equal(merged, add_delta(base, delta, scale, dtype))
-    moved = merged.double() - base.double() - scale * delta.double()
-    assert change == pytest.approx(float((scale * delta.double()).square().sum()), rel=1e-5)
-    assert error == pytest.approx(float(moved.square().sum()), rel=1e-2, abs=1e-10)
-    assert torch.equal(base, kept)
+def test_the_result_is_not_touched() -> None:
+    base, delta = torch.tensor([1.0, 2.0]), torch.tensor([0.5, 0.25])
+    merged = torch.tensor([1.25, 2.125])
+    assert rounding_sums(base, delta, 0.5, merged) == (0.078125, 0.0)
+    assert merged.tolist() == [1.25, 2.125]
+    assert delta.tolist() == [0.5, 0.25]
+    assert base.tolist() == [1.0, 2.0]
 
 
 def test_nothing_merged_is_nothing_lost() -> None:
