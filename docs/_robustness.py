@@ -13,6 +13,8 @@ import yaml
 from jinja2 import Template
 from matplotlib.figure import Figure
 
+from benchmarks.lowest_versions import bounds
+
 DOCS, RESULTS = Path("docs"), Path("benchmarks/results")
 
 
@@ -53,6 +55,11 @@ with mkdocs_gen_files.open("robustness.md", "w") as page:
             fuzz=fuzz,
             soak=soak,
             lowest=lowest,
+            raised={
+                name: bound.removeprefix(">=")
+                for name, bound in bounds().items()
+                if bound != lowest["versions"].get(name, {}).get("bound")
+            },
             passed=sum(room["passed"] for room in lowest["rooms"].values()),
             failed=sum(len(room["failed"]) for room in lowest["rooms"].values()),
             skipped=sum(room["skipped"] for room in lowest["rooms"].values()),
