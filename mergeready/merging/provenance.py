@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
 
 from mergeready.merging.inputs import file_fingerprint
 from mergeready.merging.plan import WEIGHT_SUFFIXES, MergeJob
 from mergeready.merging.recipe import RECIPE_NAME
 from mergeready.merging.rounding import RoundingLoss
+from mergeready.weights.model_card import CARD_NAME, with_fields
 
-CARD_NAME = "README.md"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -50,9 +49,8 @@ def write_card(folder: Path, job: MergeJob, rounding: RoundingLoss) -> None:
     names = [job.base.source.label, *(expert.label for expert in job.experts)]
     ids = [name for name in dict.fromkeys(names) if is_hub_id(name)]
     relation: dict[str, Any] = {"base_model": ids, "base_model_relation": "merge"} if ids else {}
-    data = ModelCardData(tags=["merge", "mergeready"], **relation)
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_card_text(job, rounding)}")
-    (folder / CARD_NAME).write_text(card.content, encoding="utf-8")
+    card = with_fields(f"\n{_card_text(job, rounding)}", {**relation, "tags": ["merge", "mergeready"]})
+    (folder / CARD_NAME).write_text(card, encoding="utf-8")
 
 
 def _card_text(job: MergeJob, rounding: RoundingLoss) -> str:

@@ -115,7 +115,7 @@ def test_a_hub_id_is_fetched_with_its_revision_and_without_pickle_or_code(
         asked.update(options, name=name)
         return str(tmp_path)
 
-    monkeypatch.setattr("mergeready.weights.open.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     source = open_weights("org/model", revision="v1")
     assert source.read("a").tolist() == [1, 1]
     assert source.label == "org/model"
