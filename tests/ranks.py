@@ -18,10 +18,19 @@ import torch.distributed as dist
 from mergeready.validation import share
 
 # Children are forked from a server that has imported what takes long, every framework that some test trains with: ranks
-# would each import them again. It has never computed a gradient, as a process that has cannot be forked.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["torch.distributed.fsdp", "peft", "pytest", "datasets", "tests.loops", "tests.sharded"]
+# would each import them again. It has never computed a gradient, as a process that has cannot be forked. There is one
+# server in a process, and what it imports can be said only once: all tests take their children from here.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    [
+        "torch.distributed.fsdp",
+        "peft",
+        "pytest",
+        "datasets",
+        "tests.loops",
+        "tests.sharded",
+        "mergeready.merging",
+    ]
 )
 
 
@@ -32,10 +41,10 @@ def run_ranks(
 
     As in other tests, no reports on picks are written, unless `sharing`.
     """
-    results: Any = _CONTEXT.Queue()
+    results: Any = CONTEXT.Queue()
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            _CONTEXT.Process(
+            CONTEXT.Process(
                 target=_rank,
                 args=(function, rank, size, f"{folder}/store", group_timeout, sharing, args, results),
             )
@@ -59,7 +68,7 @@ def run_ranks(
 
 def exit_code(function: Callable[..., Any], *args: Any) -> int | None:
     """Call a function of a module in a process of its own, which may be killed; minus the signal's number if it was."""
-    process = _CONTEXT.Process(target=_alone, args=(function, args))
+    process = CONTEXT.Process(target=_alone, args=(function, args))
     process.start()
     process.join(timeout=120)
     process.kill()

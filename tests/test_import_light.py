@@ -5,7 +5,17 @@ from __future__ import annotations
 import subprocess
 import sys
 
-HEAVY = ("transformers", "lightning", "peft", "accelerate", "datasets", "matplotlib", "jinja2", "typer", "huggingface_hub")
+HEAVY = (
+    "transformers",
+    "lightning",
+    "peft",
+    "accelerate",
+    "datasets",
+    "matplotlib",
+    "jinja2",
+    "typer",
+    "huggingface_hub",
+)
 CODE = "import sys; import {}; print([name for name in {} if name in sys.modules])"
 ROOMS = (
     "mergeready.weights, mergeready.experts, mergeready.metrics, mergeready.merging, mergeready.training.loop"

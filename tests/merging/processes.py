@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import signal
@@ -14,13 +13,11 @@ from typing import Any
 
 from mergeready.errors import MergeReadyError
 from mergeready.merging import folders, journal
-
-_CONTEXT = multiprocessing.get_context("forkserver")  # children start with torch imported
-_CONTEXT.set_forkserver_preload(["mergeready.merging", "torch.distributed"])
+from tests.ranks import CONTEXT
 
 
 def start(target: Callable[..., Any], *arguments: Any) -> BaseProcess:
-    process = _CONTEXT.Process(target=target, args=arguments)
+    process = CONTEXT.Process(target=target, args=arguments)
     process.start()
     return process
 
