@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,7 +17,7 @@ from mergeready.experts.record import write_record
 from mergeready.merging.double import Arithmetic, in_arithmetic
 from mergeready.merging.inputs import job_key
 from mergeready.merging.journal import Finished, Journal
-from mergeready.merging.parameter import add_delta, merged_chunks, raise_if_broken
+from mergeready.merging.parameter import add_delta, all_finite, merged_chunks, raise_if_broken
 from mergeready.merging.plan import MergeJob
 from mergeready.merging.provenance import public, write_card, write_recipe
 from mergeready.merging.ranks import open_ranks
@@ -258,8 +257,7 @@ class _Worker:
             merged = add_delta(original, delta, setting.scale, out)
             moved, lost = rounding_sums(original, delta, setting.scale, merged)
             change, error, written = change + moved, error + lost, True
-            # Looking at every value costs more than merging it: the error is finite where they are.
-            broken = broken or not (math.isfinite(lost) or bool(torch.isfinite(merged).all()))
+            broken = broken or not all_finite(merged)
             self._write(name, merged, start)
         for start, stop in chunk_ranges(info) if not written else ():
             self._write(name, source.read_flat(name, start, stop), start)

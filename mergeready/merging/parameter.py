@@ -124,7 +124,8 @@ def add_delta(base: Tensor, delta: Tensor, scale: float, dtype: torch.dtype) -> 
 
     In two steps for the reason given at :func:`mergeready.merging.method.weighted_sum`.
     """
-    return delta.mul(scale).add_(base.to(delta)).to(dtype)
+    change = delta if scale == 1 else delta.mul(scale)
+    return base.to(delta).add(change).to(dtype)
 
 
 def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
@@ -167,9 +168,13 @@ def check_scale(scale: float) -> float:
 
 def require_finite_chunk(values: Tensor, name: str, broken: list[str]) -> None:
     """Note a parameter whose merged values are NaN or infinite."""
-    # A sum is finite only if all values are, and costs little; if it overflows, values decide.
-    if not (name in broken or bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())):
+    if name not in broken and not all_finite(values):
         broken.append(name)
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite. A sum is finite only then, and costs little; if it overflows, they tell."""
+    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
 
 
 def raise_if_broken(

@@ -65,7 +65,9 @@ def elect_and_average(deltas: Sequence[Tensor], weights: Sequence[float]) -> Ten
     elected.sign_()
     # Times the sign, what agrees is positive. Comparisons would cost several times as much as these.
     total = parts[0].mul_(elected).relu_()
-    divisor = total.sign().mul_(abs(weights[0]))
+    divisor = total.sign()
+    if abs(weights[0]) != 1:
+        divisor.mul_(abs(weights[0]))
     for part, weight in zip(parts[1:], weights[1:], strict=True):
         total.add_(part.mul_(elected).relu_())
         divisor.add_(part.sign_(), alpha=abs(weight))

@@ -17,6 +17,7 @@ from mergeready.experts.delta import Delta, dense
 from mergeready.merging import ElementwiseMethod, MatrixMethod, MergeMethod, Place, make_method
 from mergeready.merging.parameter import (
     add_delta,
+    all_finite,
     check_dtype,
     check_scale,
     check_weights,
@@ -267,3 +268,12 @@ def test_a_joint_statistic_covers_all_pieces() -> None:
     delta = torch.arange(2.0 * CHUNK_ELEMENTS)
     merged = merged_delta(Centred(), NAME, info(len(delta)), vectors([delta, None, -delta / 2]), [1.0] * 3)
     torch.testing.assert_close(merged, delta / 2 - (delta / 2).mean())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_values_are_finite_though_their_sum_is_not(dtype: torch.dtype) -> None:
+    values = torch.full((1000,), torch.finfo(dtype).max, dtype=dtype)
+    assert all_finite(values)
+    for broken in (float("nan"), float("inf"), -float("inf")):
+        values[500] = broken
+        assert not all_finite(values)

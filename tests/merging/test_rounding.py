@@ -49,5 +49,16 @@ def test_the_result_is_not_touched() -> None:
     assert base.tolist() == [1.0, 2.0]
 
 
+def test_a_part_of_a_long_piece_stands_for_all() -> None:
+    generator = torch.Generator().manual_seed(0)
+    base, delta = torch.randn(2**18, generator=generator), 1e-3 * torch.randn(2**18, generator=generator)
+    merged = (base + delta).bfloat16()
+    error = merged.double() - base.double() - delta.double()
+    whole = float(delta.double().norm() ** 2), float(error.norm() ** 2)
+    assert rounding_sums(base, delta, 1.0, merged) == pytest.approx(whole, rel=0.05)
+    merged[2**17 :] = 0  # what is not looked at does not count
+    assert rounding_sums(base, delta, 1.0, merged) == pytest.approx(whole, rel=0.05)
+
+
 def test_nothing_merged_is_nothing_lost() -> None:
     assert RoundingLoss.of([Finished("a")], []) == RoundingLoss("", 0.0, {})
