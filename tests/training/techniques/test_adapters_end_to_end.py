@@ -24,7 +24,7 @@ def test_trained_saved_loaded_merged(tmp_path: Path) -> None:
         peers=[perturb(tiny_bert(), 5, 0.02)],
         techniques=[
             {"shared_lora_a": {"seed": 3}},
-            {"kronecker_penalty": {"factors": [str(file)], "strength": 0.1}},
+            {"kronecker_penalty": {"factors": [str(file)], "strength": 0.1, "every": 1}},
             {"peer_projection": {"rank": 2, "sides": "left"}},
         ],
     )

@@ -53,7 +53,7 @@ def test_the_gradient_of_whole_parameters(tmp_path: Path) -> None:
     base = Net()
     model = perturb(copy.deepcopy(base), 1, 0.1)
     files = [factors_of(task).save(tmp_path / f"{task}.factors.safetensors") for task in (2, 3)]
-    chosen = started([KroneckerPenalty(factors=files, strength=3.0)], model, base)
+    chosen = started([KroneckerPenalty(factors=files, strength=3.0, every=1)], model, base)
     for _ in chosen.passes():
         pass
     total = sum_factors([factors_of(2), factors_of(3)])
@@ -74,7 +74,7 @@ def test_the_gradient_of_factors_of_an_adapter() -> None:
             if "lora_" in name:
                 parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
     total = factors_of(2)
-    chosen = started([KroneckerPenalty(factors=[total], strength=2.0)], model)
+    chosen = started([KroneckerPenalty(factors=[total], strength=2.0, every=1)], model)
     for _ in chosen.passes():
         pass
     parts = {n: p.detach().double() for n, p in model.named_parameters() if "lora_" in n}
@@ -104,7 +104,7 @@ def test_weights_stored_transposed() -> None:
     found = kronecker_factors(base, [examples(2, 0, 24)[0]], base=base)
     assert found.layers["0.weight"].transposed
     model = perturb(copy.deepcopy(base), 1, 0.1)
-    chosen = started([KroneckerPenalty(factors=[found], strength=3.0)], model, base)
+    chosen = started([KroneckerPenalty(factors=[found], strength=3.0, every=1)], model, base)
     for _ in chosen.passes():
         pass
     start = base.state_dict()
@@ -120,7 +120,7 @@ def test_peers_weights_and_a_scaler_s_factor_count() -> None:
     gradients = []
     for weights, factor in (([0.5, 0.5], 1.0), (None, 1.0), ([1.0, 0.0], 1.0), (None, 4.0)):
         model = perturb(Net(), 1, 0.1)
-        technique = KroneckerPenalty(factors=[factors_of(2), factors_of(3)], weights=weights)
+        technique = KroneckerPenalty(factors=[factors_of(2), factors_of(3)], weights=weights, every=1)
         for _ in started([technique], model, Net()).passes(factor=lambda factor=factor: factor):
             pass
         gradients.append(model.head.weight.grad)
@@ -134,7 +134,7 @@ def run(strength: float, micro: int = 1) -> dict[str, Tensor]:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     chosen = started(
-        [KroneckerPenalty(factors=[factors_of(2)], strength=strength)], model, Net(), optimizer=optimizer
+        [KroneckerPenalty(factors=[factors_of(2)], strength=strength, every=1)], model, Net(), optimizer=optimizer
     )
     train(chosen, model, optimizer, 1, 12, micro=micro)
     return state_of(model)
@@ -161,7 +161,7 @@ def test_with_frozen_weights_the_bias_alone_is_held() -> None:
     model.embed.weight.requires_grad_(False)
     with torch.no_grad():
         model.embed.bias += 0.1
-    chosen = started([KroneckerPenalty(factors=[factors_of(2)])], model, Net())
+    chosen = started([KroneckerPenalty(factors=[factors_of(2)], every=1)], model, Net())
     for _ in chosen.passes():
         pass
     assert model.embed.weight.grad is None
@@ -181,4 +181,4 @@ def test_what_does_not_serve_is_refused() -> None:
     model = Net().requires_grad_(False)
     model.norm.requires_grad_(True)
     with pytest.raises(MismatchError, match="of no layer that trains"):
-        started([KroneckerPenalty(factors=[factors_of(2)])], model, Net())
+        started([KroneckerPenalty(factors=[factors_of(2)], every=1)], model, Net())
