@@ -108,6 +108,11 @@ class Monitor:
             raise OptionError("`peers` must be a sequence of experts; put a single one into a list.")
         if on_stop not in ("stop", "record"):
             raise OptionError(f"`on_stop` must be 'stop' or 'record', not {on_stop!r}.")
+        if not isinstance(measure, Schedule):
+            raise OptionError(
+                f"`measure` must be a Schedule, such as Schedule(every=100), not {measure!r}. Measuring cannot be "
+                "switched off; Schedule(first=…) puts it off."
+            )
         if sampled_every is not None and sampled_every < 1:
             raise OptionError(f"`sampled_every` must be at least 1, or None, not {sampled_every}.")
         self.base, self.probe, self.stop, self.on_stop, self.picks = base, probe, stop, on_stop, picks

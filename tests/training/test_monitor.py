@@ -582,6 +582,13 @@ class TestErrors:
         with pytest.raises(OptionError, match="`on_stop` must be 'stop' or 'record', not 'pause'"):
             Monitor(on_stop="pause")  # type: ignore[arg-type]
 
+    @pytest.mark.parametrize("measure", [None, 100])
+    def test_measuring_needs_a_schedule(self, measure: Any) -> None:
+        with pytest.raises(
+            OptionError, match=rf"`measure` must be a Schedule, .*, not {measure}\. Measuring cannot"
+        ):
+            Monitor(measure=measure)
+
     def test_picks_need_a_way_to_save(self, tmp_path: Path) -> None:
         with pytest.raises(OptionError, match="`picks` needs a way to save the model"):
             Monitor(base=Net(), probe=quick_probe(), picks=Picks()).start(Net(), tmp_path)

@@ -110,7 +110,9 @@ CASES: dict[str, Case] = {
         JacobianPenalty(inputs=[INPUTS], strength=0.5), moved_adapter, refused_sharded="in forward mode"
     ),
     "kronecker_penalty": Case(KroneckerPenalty(factors=[factors()], strength=3.0, every=1)),
-    "kronecker_penalty, lora": Case(KroneckerPenalty(factors=[factors()], strength=3.0, every=1), moved_adapter),
+    "kronecker_penalty, lora": Case(
+        KroneckerPenalty(factors=[factors()], strength=3.0, every=1), moved_adapter
+    ),
     "lora_overlap": Case(LoraOverlap(strength=0.1), moved_adapter, PEERS),
     "norm_governor": Case(NormGovernor(max_norm=0.3)),
     "norm_governor, lora": Case(NormGovernor(max_norm=0.2), moved_adapter),

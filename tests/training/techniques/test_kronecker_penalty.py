@@ -134,7 +134,10 @@ def run(strength: float, micro: int = 1) -> dict[str, Tensor]:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     chosen = started(
-        [KroneckerPenalty(factors=[factors_of(2)], strength=strength, every=1)], model, Net(), optimizer=optimizer
+        [KroneckerPenalty(factors=[factors_of(2)], strength=strength, every=1)],
+        model,
+        Net(),
+        optimizer=optimizer,
     )
     train(chosen, model, optimizer, 1, 12, micro=micro)
     return state_of(model)
