@@ -19,7 +19,7 @@ from mergeready.study.run import Runner
 
 DOCS = ROOT / "docs"
 STUDY = ("overtraining", "vision", "experts_number", "memorization")
-RESULTS = ("schedules", "techniques", "techniques_seeds", "lora")
+RESULTS = ("schedules", "techniques", "techniques_seeds", "techniques_eight", "lora")
 NAMES = (*STUDY, *RESULTS)
 
 

@@ -10,20 +10,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from benchmarks import penalty_cost
 from benchmarks.study_words import COUNTS, MODELS, Study, rate
 from mergeready.study.cells import EXPERT
 from mergeready.study.results import Results, Sample
 from mergeready.study.tables import markdown, merge_labels, plain, shown, signed
 
 PLAIN, PLATEAU = "cosine", "plateau"
+LEADING = "task_arithmetic"
 VALIDATED, JOINT = "best_validation", "best merge"
 WANTED_GAIN, WANTED_OVER_PLATEAU, ALLOWED_LOSS, ALLOWED_TIME = 0.05, 0.02, 0.01, 1.05
 """What a technique would have to reach to be a default: points of accuracy, and times the plain run."""
-
-
-NO_DEFAULT = """
-So mergeready's defaults use no technique. `mergeready/recommendations.yaml` says which one to take where merges are by task arithmetic. The experts' own
-accuracy is the ceiling here, and plain merges are not far below it; tasks that disturb each other more leave a technique more to gain."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +53,13 @@ class Place:
 STOPS = ("end", VALIDATED, JOINT)
 
 
-def section(screening: Study, seeds: Study) -> str:
+def section(screening: Study, seeds: Study, eight: Study) -> str:
     """The text.
 
     Args:
         screening: The study of all arms with one seed.
         seeds: The study of the best ones with several.
+        eight: The study of those that help, among more experts.
     """
     found, shared, suite = screening.results, screening.settings.arms[PLAIN], screening.suite
     if not found.contents:
@@ -77,7 +75,12 @@ on a shared machine. What each arm sets is in `benchmarks/studies/{screening.set
 {screening_table(found)}
 
 {screening_text(found)}"""
-    return f"{about}\n\n{_over_seeds(seeds.results)}" if seeds.results.contents else about
+    parts = [about]
+    if seeds.results.contents:
+        parts.append(_over_seeds(seeds.results))
+    if eight.results.contents:
+        parts += [_among_more(eight, seeds), _closing([seeds.results, eight.results])]
+    return "\n\n".join(parts)
 
 
 def _over_seeds(found: Results) -> str:
@@ -96,6 +99,57 @@ Against `{PLAIN}` at its end, with the same merge method:
 {change_table(found)}
 
 {seeds_text(found)}"""
+
+
+def _among_more(study: Study, fewer: Study) -> str:
+    found, more = (
+        study.results,
+        [task for task in study.settings.tasks or () if task not in (fewer.settings.tasks or ())],
+    )
+    return f"""## The same among {COUNTS[study.tasks]} experts
+
+With {_and(more)} added, {COUNTS[study.tasks]} experts are merged in place of {COUNTS[fewer.tasks]}; all else as above. `kronecker_weakly` is a fifth as
+strong as `kronecker_rarely`, `kronecker_faintly` a twentieth; both join every 8th step, `kronecker_weakly_32` every 32nd.
+
+![Arms side by side](study/{study.settings.name}-arms.png)
+
+{seeds_table(found, STOPS[:2])}
+
+Against `{PLAIN}` at its end, with the same merge method:
+
+{change_table(found)}
+
+{seeds_text(found)}
+- The time of a penalty does not grow with the batch, and batches are small here. {penalty_cost.sentence(every=8)}
+- Merged with {LEADING}, the gain over `{PLAIN}` among {COUNTS[fewer.tasks]} and among {COUNTS[study.tasks]}: {_gains(fewer.results, found)}."""
+
+
+def _gains(fewer: Results, more: Results) -> str:
+    """What arms that both studies have gain."""
+    both = [arm for arm in (PLATEAU, *_techniques(more)) if arm in fewer.labels("arm")]
+    texts = []
+    for arm in both:
+        few, many = (Place(arm, "end", LEADING).minus(Place(PLAIN, "end", LEADING), r) for r in (fewer, more))
+        texts.append(f"`{arm}` {signed(few)} and {signed(many)}")
+    return "; ".join(texts)
+
+
+def _closing(studies: Sequence[Results]) -> str:
+    """What follows for defaults."""
+    lines = []
+    for results in studies:
+        methods = merge_labels(results)
+        plain_best = max(methods, key=lambda method: _value(Place(PLAIN, "end", method), results))
+        best = max(_techniques(results), key=lambda arm: _value(Place(arm, "end", LEADING), results))
+        lines.append(
+            f"{plain(Place(PLAIN, 'end', plain_best).sample(results))} by {plain_best} without a technique, against "
+            f"{plain(Place(best, 'end', LEADING).sample(results))} by {LEADING} with `{best}`"
+        )
+    reaching = [arm for results in studies for arm in _techniques(results) if not _missed(arm, results)]
+    if reaching:
+        raise RuntimeError(f"{_names(reaching)} reaches every goal of a default: it has to become one.")
+    return f"""No technique reaches every goal, so mergeready's defaults use none; what helps most is the merge method ({"; ".join(lines)}), and recipes
+for whole models follow that. `mergeready/recommendations.yaml` says which technique to take where merges are by task arithmetic."""
 
 
 def screening_table(results: Results) -> str:
@@ -134,11 +188,11 @@ def screening_text(results: Results) -> str:
     return "\n".join(lines)
 
 
-def seeds_table(results: Results) -> str:
+def seeds_table(results: Results, stops: Sequence[str] = STOPS) -> str:
     """Arms and stops against methods; accuracy, and the share of the experts' gain that is kept."""
     methods, lines = merge_labels(results), []
     for arm in results.labels("arm"):
-        for stop in STOPS:
+        for stop in stops:
             expert = Place(arm, "end" if stop == JOINT else stop, EXPERT).sample(results)
             row = [f"`{arm}`", stop.replace("_", " "), "" if stop == JOINT else shown(expert)]
             for method in methods:
@@ -168,29 +222,15 @@ def change_table(results: Results) -> str:
 def seeds_text(results: Results) -> str:
     """The three questions that a default has to answer."""
     methods = merge_labels(results)
-    leading = "task_arithmetic"
     lines = []
     for arm in _techniques(results):
-        gain = Place(arm, "end", leading).minus(Place(PLAIN, "end", leading), results)
-        over = Place(arm, "end", leading).minus(Place(PLATEAU, "end", leading), results)
-        loss = Place(arm, "end", EXPERT).minus(Place(PLAIN, "end", EXPERT), results)
-        if gain is None or over is None or loss is None:
+        changes = _changes(arm, results)
+        if changes is None:
             continue
-        missed = [
-            what
-            for what, reached in (
-                (f"{WANTED_GAIN:.2f} over `{PLAIN}`", gain.value >= WANTED_GAIN and _sign(gain) > 0),
-                (
-                    f"{WANTED_OVER_PLATEAU:.2f} over `{PLATEAU}`",
-                    over.value >= WANTED_OVER_PLATEAU and _sign(over) > 0,
-                ),
-                (f"an expert that loses at most {ALLOWED_LOSS:.2f}", loss.value >= -ALLOWED_LOSS),
-                (f"at most {ALLOWED_TIME - 1:.0%} more time", _time(results, arm) <= ALLOWED_TIME),
-            )
-            if not reached
-        ]
+        gain, over, loss = changes
+        missed = _missed(arm, results)
         lines.append(
-            f"- `{arm}`, merged with {leading}: {signed(gain)} against `{PLAIN}`, {signed(over)} against `{PLATEAU}`, experts {signed(loss)}, "
+            f"- `{arm}`, merged with {LEADING}: {signed(gain)} against `{PLAIN}`, {signed(over)} against `{PLATEAU}`, experts {signed(loss)}, "
             f"{_time(results, arm):.2f} × the time. "
             + (f"It misses {_and(missed)}." if missed else "It reaches every goal.")
         )
@@ -214,13 +254,38 @@ def seeds_text(results: Results) -> str:
             f"- Had validation chosen {hindsight.method} for plain training, which is its best on test examples, that difference would be "
             f"{signed(best.minus(hindsight, results))}: no more than a lead."
         )
-    if rival.method != leading:
-        method_gain = Place(PLAIN, "end", hindsight.method).minus(Place(PLAIN, "end", leading), results)
+    if rival.method != LEADING:
+        method_gain = Place(PLAIN, "end", hindsight.method).minus(Place(PLAIN, "end", LEADING), results)
         lines.append(
-            f"- For comparison, changing nothing but the merge method, from {leading} to {hindsight.method}, is {signed(method_gain)}."
+            f"- For comparison, changing nothing but the merge method, from {LEADING} to {hindsight.method}, is {signed(method_gain)}."
         )
-    lines.append(NO_DEFAULT)
     return "\n".join(lines)
+
+
+def _changes(arm: str, results: Results) -> tuple[Sample, Sample, Sample] | None:
+    """At the end, by the leading method: over plain training, over the plateau schedule; and of the experts."""
+    gain = Place(arm, "end", LEADING).minus(Place(PLAIN, "end", LEADING), results)
+    over = Place(arm, "end", LEADING).minus(Place(PLATEAU, "end", LEADING), results)
+    loss = Place(arm, "end", EXPERT).minus(Place(PLAIN, "end", EXPERT), results)
+    return None if gain is None or over is None or loss is None else (gain, over, loss)
+
+
+def _missed(arm: str, results: Results) -> list[str]:
+    """Which goals of a default an arm misses."""
+    changes = _changes(arm, results)
+    if changes is None:
+        return ["everything, as it was not run to the end"]
+    gain, over, loss = changes
+    goals = (
+        (f"{WANTED_GAIN:.2f} over `{PLAIN}`", gain.value >= WANTED_GAIN and _sign(gain) > 0),
+        (
+            f"{WANTED_OVER_PLATEAU:.2f} over `{PLATEAU}`",
+            over.value >= WANTED_OVER_PLATEAU and _sign(over) > 0,
+        ),
+        (f"an expert that loses at most {ALLOWED_LOSS:.2f}", loss.value >= -ALLOWED_LOSS),
+        (f"at most {ALLOWED_TIME - 1:.0%} more time", _time(results, arm) <= ALLOWED_TIME),
+    )
+    return [what for what, reached in goals if not reached]
 
 
 def _techniques(results: Results) -> list[str]:

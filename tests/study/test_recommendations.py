@@ -10,10 +10,11 @@ import yaml
 
 from benchmarks import study_report, study_words
 from mergeready.merging import method_names
-from mergeready.study.results import Results
+from mergeready.study.results import Results, Sample
 from mergeready.study.settings import RateSettings
 from mergeready.training.records import Estimate
 from mergeready.training.settings import RunSettings
+from mergeready.training.techniques.kronecker_penalty import KroneckerPenalty
 
 ROOT = Path(study_report.__file__).parent.parent
 SITUATIONS = yaml.safe_load((ROOT / "mergeready/recommendations.yaml").read_text())["situations"]
@@ -103,6 +104,29 @@ def test_the_recommended_technique_differs_as_the_cells_say() -> None:
         assert change.over_seeds().low < 0  # type: ignore[operator]
     assert spectral is not None
     assert spectral.value < 0
+
+
+def test_the_kronecker_penalty_is_by_default_what_helped_most() -> None:
+    arms = study("techniques_eight").settings.arms
+    results, plain, chosen = kept("techniques_eight"), ("cosine", 160), "kronecker_weakly"
+    [given] = arms[chosen].techniques
+    assert isinstance(given, dict)
+    options = given["kronecker_penalty"]
+    default = KroneckerPenalty(factors=["peer"])
+    assert (default.strength, default.every) == (options["strength"], options["every"])
+
+    def change(arm: str, method: str) -> Sample:
+        found = results.difference((arm, 160, method), (*plain, method))
+        assert found is not None
+        return found
+
+    gains = {arm: change(arm, "task_arithmetic").value for arm in arms if arm != "cosine"}
+    assert max(gains, key=lambda arm: gains[arm]) == chosen
+    for method in ("task_arithmetic", "ties"):
+        assert change(chosen, method).over_seeds().low > 0  # type: ignore[operator]
+    assert -0.02 < change(chosen, "expert").value < 0
+    spectral = change(chosen, "tsv_m").over_seeds()
+    assert spectral.low < 0 < spectral.high  # type: ignore[operator]
 
 
 def test_pages_are_what_the_cells_give() -> None:
