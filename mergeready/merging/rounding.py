@@ -35,7 +35,8 @@ class RoundingLoss:
     """How much of the merged change rounding loses, relative to it: ‖error‖ / ‖change‖.
 
     Base weights are much larger than what fine-tuning does to them, so a result of few digits keeps few of the change:
-    bfloat16 has 8 bits, and a change of 1 % of a weight keeps one or two of them.
+    bfloat16 has 8 bits, and a change of 1 % of a weight keeps one or two of them. Estimated where parameters are large;
+    see :func:`rounding_sums`.
 
     Attributes:
         dtype: What was rounded to.
