@@ -31,12 +31,12 @@ def draw_curve(axes: Any, history: History, method: str, *, task: str = OWN, pic
         probe.expert if task == OWN else Estimate(value=r.expert)
         for probe, r in zip(probes, results, strict=True)
     ]
-    surrogate = any(probe.surrogate for probe in probes)
     _line(axes, steps, expert, EXPERT_COLOR, "expert")
-    if surrogate:
-        _line(axes, steps, merged, MERGED_COLOR, "merged with surrogates", style="--o")
-    else:
-        _line(axes, steps, merged, MERGED_COLOR, "merged")
+    # A member of a team has no peers in its first round.
+    for surrogate, label, style in ((True, "merged with surrogates", "--o"), (False, "merged", "-o")):
+        at = [i for i, probe in enumerate(probes) if probe.surrogate == surrogate]
+        if at or not (surrogate or probes):
+            _line(axes, [steps[i] for i in at], [merged[i] for i in at], MERGED_COLOR, label, style)
     if probes:
         axes.axhline(results[-1].base, color=MARK_COLOR, linewidth=1, linestyle=":", label="base")
     stops = [decision.step for decision in history.decisions]

@@ -89,6 +89,18 @@ def test_surrogates_are_named() -> None:
     assert "merged" not in labels(axes)
 
 
+def test_what_was_merged_with_peers_is_told_from_what_was_not() -> None:
+    probes = [
+        probe(1, 0.5, surrogate=True, ties=0.4),
+        probe(2, 0.6, surrogate=True, ties=0.5),
+        probe(4, 0.7, ties=0.3),
+    ]
+    axes = draw(History([start("ties"), *probes]))
+    assert line(axes, "merged with surrogates") == ([1, 2], [0.4, 0.5])
+    assert line(axes, "merged") == ([4], [0.3])
+    assert line(axes, "expert")[0] == [1, 2, 4]
+
+
 def test_the_first_stop_is_marked(history: History) -> None:
     assert "stopped" not in labels(draw(history))
     for step in (9, 10):
