@@ -102,14 +102,12 @@ Against `{PLAIN}` at its end, with the same merge method:
 
 
 def _among_more(study: Study, fewer: Study) -> str:
-    found, more = (
-        study.results,
-        [task for task in study.settings.tasks or () if task not in (fewer.settings.tasks or ())],
-    )
+    found = study.results
+    more = [task for task in study.settings.tasks or () if task not in (fewer.settings.tasks or ())]
     return f"""## The same among {COUNTS[study.tasks]} experts
 
-With {_and(more)} added, {COUNTS[study.tasks]} experts are merged in place of {COUNTS[fewer.tasks]}, all at the end of training; all else as above. `kronecker_weakly` is a fifth as
-strong as `kronecker_rarely`, `kronecker_faintly` a twentieth; both join every 8th step, `kronecker_weakly_32` every 32nd.
+With {_and(more)} added, {COUNTS[study.tasks]} experts are merged in place of {COUNTS[fewer.tasks]}, all at the end of training; all else as above. Kronecker penalties:
+{_penalties(study)}.
 
 ![Arms side by side](study/{study.settings.name}-arms.png)
 
@@ -122,6 +120,17 @@ Against `{PLAIN}` at its end, with the same merge method:
 {seeds_text(found)}
 - The time of a penalty does not grow with the batch, and batches are small here. {penalty_cost.sentence(every=8)}
 - Merged with {LEADING}, the gain over `{PLAIN}` among {COUNTS[fewer.tasks]} and among {COUNTS[study.tasks]}: {_gains(fewer.results, found)}."""
+
+
+def _penalties(study: Study) -> str:
+    """What arms with a Kronecker penalty set."""
+    given = {
+        arm: technique["kronecker_penalty"]
+        for arm, settings in study.settings.arms.items()
+        for technique in settings.techniques
+        if isinstance(technique, dict) and "kronecker_penalty" in technique
+    }
+    return "; ".join(f"`{arm}` λ = {o['strength']:g}, every {o['every']} steps" for arm, o in given.items())
 
 
 def _gains(fewer: Results, more: Results) -> str:
@@ -149,7 +158,7 @@ def _closing(studies: Sequence[Results]) -> str:
     if reaching:
         raise RuntimeError(f"{_names(reaching)} reaches every goal of a default: it has to become one.")
     return f"""No technique reaches every goal, so mergeready's defaults use none; what helps most is the merge method ({"; ".join(lines)}), and recipes
-for whole models follow that. `mergeready/recommendations.yaml` says which technique to take where merges are by task arithmetic."""
+for whole text encoders follow that. `mergeready/recommendations.yaml` says which technique to take where merges are by task arithmetic."""
 
 
 def screening_table(results: Results) -> str:

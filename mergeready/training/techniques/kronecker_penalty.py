@@ -36,8 +36,8 @@ class KroneckerPenalty(Penalty):
     ``every``), and the factors in memory, whatever the number of peers. Of a sharded model, every rank gathers one
     layer's change at a time.
 
-    The defaults are those that raised merges of eight text encoders most (docs/results.md). With λ = 5 or only every
-    32nd step they gained less, and with λ = 100 experts learned less, too.
+    The defaults are those that raised merges of eight text encoders by task arithmetic most (docs/results.md). With
+    λ = 5 or only every 32nd step they gained less, and with λ = 100 experts learned less, too.
 
     Attributes:
         factors: One for each peer: files, or what ``kronecker_factors`` returned. On this run's base.
