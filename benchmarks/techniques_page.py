@@ -118,7 +118,7 @@ Against `{PLAIN}` at its end, with the same merge method:
 {change_table(found)}
 
 {seeds_text(found)}
-- The time of a penalty does not grow with the batch, and batches are small here. {penalty_cost.sentence(every=8)}
+- The time of a penalty hardly grows with the batch, and batches are small here. {penalty_cost.sentence(every=8)}
 - Merged with {LEADING}, the gain over `{PLAIN}` among {COUNTS[fewer.tasks]} and among {COUNTS[study.tasks]}: {_gains(fewer.results, found)}."""
 
 
