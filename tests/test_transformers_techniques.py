@@ -11,9 +11,10 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.nn.functional import cross_entropy
+from transformers import TrainerCallback
 
 import mergeready.lightning
-from mergeready import DriftPenalty, SharpnessAware, SimulatedMerge, WeightAverage
+from mergeready import DriftPenalty, NormGovernor, SharpnessAware, SimulatedMerge, WeightAverage
 from mergeready.errors import OptionError
 from mergeready.transformers import MergeReadyCallback
 from tests.loops import Lit, lightning_trainer, load, loader, make_world
@@ -72,6 +73,29 @@ def test_switched_off_the_trainer_keeps_its_own_step(world: Path, tmp_path: Path
         ends.append(weights_of(model))
         assert "training_step" not in vars(trainer)
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+
+
+class Interrupt(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+
+def test_what_was_interrupted_does_not_steer_the_next_run(world: Path, tmp_path: Path) -> None:
+    """The Trainer keeps its optimizer; the callback may have been taken off."""
+    model, start = load(world), load(world)
+    own = callback(world, NormGovernor(max_norm=1e-3), DriftPenalty(strength=0.5))
+    trainer = make_trainer(tmp_path / "first", own, Interrupt(), model=model, **STEADY)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    free = make_trainer(tmp_path / "free", model=start, **STEADY)
+    start.load_state_dict(model.state_dict())
+    for one in (own, Interrupt):
+        trainer.remove_callback(one)
+    trainer.train()
+    free.train()
+    after, expected = weights_of(model), weights_of(start)
+    assert all(torch.equal(after[name], expected[name]) for name in expected)
 
 
 def test_resumed_with_the_average_it_had(world: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -35,10 +36,11 @@ from mergeready.training.scalars import PREFIX, scalars
 from mergeready.training.schedule import Pacer, Schedule
 from mergeready.training.start_record import records_of_start, start_record
 from mergeready.training.summary import write_summary
-from mergeready.training.techniques.hooks import unwrapped
+from mergeready.training.techniques.hooks import take_off, unwrapped
 from mergeready.training.techniques.registry import TechniqueLike
 from mergeready.training.techniques.run import TechniqueRun
 from mergeready.training.techniques.technique_set import TechniqueSet
+from mergeready.weights.module import unwrap
 from mergeready.weights.open import WeightsLike
 from mergeready.weights.ranks import Ranks
 from mergeready.weights.shards import require_readable
@@ -160,32 +162,31 @@ class Monitor:
         require_readable(model)
         self.ranks = Ranks.world()
         self.folder = Path(folder)
-        self.techniques.prepare(model, step=step)
-        self._bind(model, step)
-        self.watch.start(model, self.ranks, step)
         given = list(optimizers)
-        self._masters = Masters(model, given, self._given_masters)
-        self._refine()
-        self.techniques.start(lambda: self._technique_run(step, total_steps, given))
-        before = time.perf_counter()
-        self._prober = self._make_prober(evaluate, metric)
-        self._reference_seconds = self._since(before)
-        self._measuring = Pacer(self._measure_schedule, total_steps, step)
-        self._probing = self._make_probe_pacer(total_steps, step)
-        self._store = None
-        if self.picks is not None and self._prober is not None:
-            if save is None:
-                raise OptionError("`picks` needs a way to save the model.")
-            self._store = PickStore(
-                self.folder / "picks", self.picks, save, self.live.base.identity, self.ranks
-            )
-        self._open_history(step)
-        self._sampler = None
-        if self._sampled_every is not None:
-            self._sampler = Sampler(
-                self.live, self.peers, self.sketched, last=next(iter(self.history.sampled[-1:]), None)
-            )
-        self.techniques.on_history(self.history)
+        for optimizer in given:
+            take_off(optimizer, unwrap(model))
+        self.techniques.prepare(model, step=step)
+        with ExitStack() as failing:
+            failing.callback(self._let_go)
+            self._bind(model, step)
+            self.watch.start(model, self.ranks, step)
+            self._masters = Masters(model, given, self._given_masters)
+            self._refine()
+            self.techniques.start(lambda: self._technique_run(step, total_steps, given))
+            before = time.perf_counter()
+            self._prober = self._make_prober(evaluate, metric)
+            self._reference_seconds = self._since(before)
+            self._measuring = Pacer(self._measure_schedule, total_steps, step)
+            self._probing = self._make_probe_pacer(total_steps, step)
+            self._store = self._make_store(save)
+            self._open_history(step)
+            self._sampler = None
+            if self._sampled_every is not None:
+                self._sampler = Sampler(
+                    self.live, self.peers, self.sketched, last=next(iter(self.history.sampled[-1:]), None)
+                )
+            self.techniques.on_history(self.history)
+            failing.pop_all()
         # Training time begins here; the references count as spent, and what is spent is taken off again.
         self._began = time.perf_counter() - self._reference_seconds
         self.started = True
@@ -322,6 +323,18 @@ class Monitor:
         self._restored = History.from_json(records)
         self.watch.load(state)
         self.techniques.load(state.get("techniques", {}), tensors or {})
+
+    def _let_go(self) -> None:
+        """Take every hook off model and optimizer."""
+        self.techniques.finish_hooks()
+        self.watch.let_go()
+
+    def _make_store(self, save: Save | None) -> PickStore | None:
+        if self.picks is None or self._prober is None:
+            return None
+        if save is None:
+            raise OptionError("`picks` needs a way to save the model.")
+        return PickStore(self.folder / "picks", self.picks, save, self.live.base.identity, self.ranks)
 
     def _bind(self, model: nn.Module, step: int) -> None:
         """Open base and peers, on every rank alike."""

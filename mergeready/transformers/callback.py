@@ -180,13 +180,13 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         There is no event between the last backward and clipping, nor one after an exception in forward.
         """
         self._release(trainer)  # a run that raised has not ended
-        own, techniques, accelerator = (
-            trainer.training_step,
-            self.monitor.techniques,
-            trainer.accelerator,
-        )
+        own, state = trainer.training_step, trainer.state
+        techniques, accelerator = self.monitor.techniques, trainer.accelerator
 
         def training_step(*args: Any, **kwargs: Any) -> Any:
+            if trainer.state is not state:  # our run raised, and this is another one, perhaps without us
+                techniques.finish_hooks()
+                return own(*args, **kwargs)
             techniques.enter(lambda: own(*args, **kwargs))
             try:
                 loss = own(*args, **kwargs)

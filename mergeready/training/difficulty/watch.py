@@ -57,12 +57,16 @@ class DifficultyWatch:
         if step % self.settings.settle_every == 0:
             self.tracker.settle()
 
+    def let_go(self) -> None:
+        """Take the hooks off."""
+        if self._observer is not None:
+            self._observer.remove()
+
     def finish(self, folder: Path) -> None:
         """Take the hooks off and write what was found. A collective."""
         if self.tracker is None:
             return
-        if self._observer is not None:
-            self._observer.remove()
+        self.let_go()
         self.tracker.write(folder)
         if not len(self.tracker.table()) and self.tracker.ranks.is_first:
             logger.warning(

@@ -94,7 +94,9 @@ class TechniqueSet:
         _warn_of_narrow_weights(self.techniques, run)
         self._restore()
         if needing and run.optimizer is not None:
-            self._hooks = StepHooks(run.optimizer, self._learning_rate_factor, self._after_update)
+            self._hooks = StepHooks(
+                run.optimizer, self._learning_rate_factor, self._after_update, run.live.model
+            )
 
     def passes(self, *, last: bool = True, factor: Callable[[], float] = lambda: 1.0) -> Iterator[None]:
         """To be looped over around forward and backward: once, or twice where a technique wants a gradient first.
