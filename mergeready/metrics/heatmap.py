@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ _MOST_NUMBERS = 24
 """Experts up to which each cell says its number."""
 _MOST_LABELS = 100
 """Experts up to which rows and columns have names."""
+_LONG = 14
+"""Characters from which names of columns stand upright: slanted ones would reach into the panel beside."""
+_OPPOSED_IS_RED = {"cosine": "RdBu", "sign conflict": "RdBu_r"}
 
 
 def draw_heatmaps(comparison: Pairs, path: Path) -> None:
@@ -23,45 +27,93 @@ def draw_heatmaps(comparison: Pairs, path: Path) -> None:
 
 
 def draw_pairs(figure: Any, comparison: Pairs) -> None:
-    """Fill a Matplotlib figure with the three heatmaps; it grows with the number of experts, up to a hundred."""
+    """Fill a Matplotlib figure with the three heatmaps; it grows with the number of experts, up to a hundred.
+
+    Red is what opposes, in cosines and in sign conflicts. Colours reach as far as the pairs do, since
+    those of fine-tuned experts lie close to 0; an expert beside itself is left grey.
+    """
     labels = short_labels(comparison.labels)
     ratios = [
-        [max(a, b) / min(a, b) if min(a, b) else float("inf") for b in comparison.norms]
-        for a in comparison.norms
+        [max(a, b) / min(a, b) if min(a, b) else math.nan for b in comparison.norms] for a in comparison.norms
     ]
-    size = 2.4 + (
-        0.55 * len(labels) if len(labels) <= _MOST_NUMBERS else 0.12 * min(len(labels), _MOST_LABELS)
-    )
-    figure.set_size_inches(3 * size, size + 0.6)
+    _set_size(figure, labels)
     panels: Any = figure.subplots(1, 3)
-    _panel(panels[0], comparison.cosine, labels, "cosine", "RdBu_r", (-1.0, 1.0))
-    _panel(panels[1], comparison.sign_conflict, labels, "sign conflict (0.5 by chance)", "RdBu_r", (0.0, 1.0))
-    _panel(panels[2], ratios, labels, "norm ratio", "Purples", (1.0, max(5.0, *(max(row) for row in ratios))))
+    reach = _reach(comparison.cosine, 0.0, 0.1)
+    _panel(panels[0], comparison.cosine, labels, "cosine", _OPPOSED_IS_RED["cosine"], (-reach, reach))
+    reach = _reach(comparison.sign_conflict, 0.5, 0.05)
+    _panel(
+        panels[1],
+        comparison.sign_conflict,
+        labels,
+        "sign conflict (0.5 by chance)",
+        _OPPOSED_IS_RED["sign conflict"],
+        (0.5 - reach, 0.5 + reach),
+    )
+    _panel(panels[2], ratios, labels, "norm ratio", "Purples", (1.0, max([5.0, *_between(ratios)])))
+    for axes in panels[1:]:
+        axes.set_yticklabels([])  # the first panel names the rows of all
+
+
+def _set_size(figure: Any, labels: Sequence[str]) -> None:
+    """In inches: three squares, bars of colours, and room for names at the left and below."""
+    count = len(labels)
+    if count > _MOST_LABELS:
+        side, names, turned = 6.0, 0.0, 0.0
+    else:
+        few = count <= _MOST_NUMBERS
+        side = max(1.7, (0.55 if few else 0.12) * count)
+        names = (0.085 if few else 0.05) * max(map(len, labels)) + 0.2
+        turned = names * (math.sqrt(0.5) if few and max(map(len, labels)) < _LONG else 1.0)
+    figure.set_size_inches(3 * (side + 0.8) + names, side + turned + 0.45)
+
+
+def _between(values: Sequence[Sequence[float]]) -> list[float]:
+    """Of pairs of two different experts, those that are known."""
+    return [
+        value
+        for i, row in enumerate(values)
+        for j, value in enumerate(row)
+        if i != j and math.isfinite(value)
+    ]
+
+
+def _reach(values: Sequence[Sequence[float]], middle: float, step: float) -> float:
+    """How far the pairs lie from the middle at most, in whole steps."""
+    farthest = max((abs(value - middle) for value in _between(values)), default=0.0)
+    return step * max(1, math.ceil(round(farthest / step, 6)))
 
 
 def _panel(
     axes: Any, values: Sequence[Sequence[float]], labels: Sequence[str], title: str, colors: str, limits: Any
 ) -> None:
-    axes.imshow(values, cmap=colors, vmin=limits[0], vmax=limits[1])
-    axes.set_title(title, fontsize=11)
     positions = range(len(labels))
-    small = {"fontsize": 6} if len(labels) > _MOST_NUMBERS else {}
-    shown = positions if len(labels) <= _MOST_LABELS else range(0)
-    axes.set_xticks(shown, [labels[i] for i in shown], rotation=45 if not small else 90, ha="right", **small)
-    axes.set_yticks(shown, [labels[i] for i in shown], **small)
-    if small:
+    shown = [[math.nan if i == j else values[i][j] for j in positions] for i in positions]
+    axes.set_facecolor("#d5d8db")
+    image = axes.imshow(shown, cmap=colors, vmin=limits[0], vmax=limits[1])
+    bar = axes.figure.colorbar(image, ax=axes, fraction=0.046, pad=0.02)
+    many = len(labels) > _MOST_NUMBERS
+    axes.set_title(title, fontsize=14 if many else 11)
+    bar.ax.tick_params(labelsize=10 if many else 8)
+    small = {"fontsize": 6} if many else {}
+    named = positions if len(labels) <= _MOST_LABELS else range(0)
+    upright = many or max(map(len, labels)) >= _LONG
+    turn = {"rotation": 90} if upright else {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(named, [labels[i] for i in named], **turn, **small)
+    axes.set_yticks(named, [labels[i] for i in named], **small)
+    if many:
         return
-    middle, half = (limits[0] + limits[1]) / 2, (limits[1] - limits[0]) / 2
     for row in positions:
         for column in positions:
-            value = values[row][column]
-            strong = abs(value - middle) > 0.6 * half and (colors != "Purples" or value > middle)
-            axes.text(
-                column,
-                row,
-                f"{value:z.2f}",
-                ha="center",
-                va="center",
-                fontsize=9,
-                color="white" if strong else "black",
-            )
+            if row != column:
+                value = shown[row][column]
+                text = f"{value:z.2f}".replace("-", "−") if math.isfinite(value) else "–"
+                color = _ink(image, value)
+                axes.text(column, row, text, ha="center", va="center", fontsize=9, color=color)
+
+
+def _ink(image: Any, value: float) -> str:
+    """White on dark cells, black on others."""
+    if not math.isfinite(value):
+        return "black"
+    red, green, blue, _ = image.cmap(image.norm(value))
+    return "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black"

@@ -40,11 +40,13 @@ def write_pairs_page(path: str | Path, pairs: AllPairs, grouped: Groups) -> Path
         )
     source = (files("mergeready.metrics") / "templates" / "pairs.html").read_text(encoding="utf-8")
     data = _data(pairs, grouped)
+    sizes = [len(members) for members in grouped.members()]
+    similar, alone = sum(size > 1 for size in sizes), sizes.count(1)
     worst = None if pairs.cosine_error is None else float(pairs.cosine_error.max())
     html = (
         Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
         .from_string(source)
-        .render(data=data, labels=data["labels"], groups=max(grouped.group), error=worst)
+        .render(data=data, labels=data["labels"], groups=similar, alone=alone, error=worst)
     )
     with new_file(Path(path)) as temporary:
         temporary.write_text(html, encoding="utf-8")

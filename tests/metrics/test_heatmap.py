@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -27,4 +28,27 @@ def test_a_cosine_just_below_zero_is_shown_as_zero() -> None:
     figure = Figure()
     draw_pairs(figure, compare_vectors(task_vectors(found), base_of(found[0])))
     shown = {text.get_text() for text in figure.axes[0].texts}
-    assert shown == {"1.00", "0.00"}
+    assert shown == {"0.00"}
+
+
+def test_red_is_opposed_in_both_panels_and_colours_reach_as_far_as_pairs_do() -> None:
+    found = [
+        {"x": torch.tensor([1.0, 0.3])},
+        {"x": torch.tensor([-1.0, 0.4])},
+        {"x": torch.tensor([1.0, 0.0])},
+    ]
+    figure = Figure()
+    draw_pairs(figure, compare_vectors(task_vectors(found), base_of(found[0])))
+    for axes in figure.axes[:2]:
+        image = axes.get_images()[0]
+        red, _, blue, _ = image.cmap(image.norm(image.get_array()))[0][1]  # the first two disagree on signs
+        assert red > blue, axes.get_title()
+    assert figure.axes[0].get_images()[0].get_clim() == (-1.0, 1.0)
+    assert np.isnan(figure.axes[0].get_images()[0].get_array().filled(np.nan).diagonal()).all()
+
+
+def test_what_is_not_known_is_a_dash() -> None:
+    found = [{"x": torch.tensor([1.0, 0.0])}, {"x": torch.zeros(2)}]
+    figure = Figure()
+    draw_pairs(figure, compare_vectors(task_vectors(found), base_of(found[0])))
+    assert {text.get_text() for axes in figure.axes for text in axes.texts} == {"–"}

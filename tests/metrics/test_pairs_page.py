@@ -44,7 +44,7 @@ def test_it_holds_the_figures_and_asks_for_nothing(tmp_path: Path) -> None:
     assert data["partners"][7] == most_compatible(pairs.sign_conflict, pairs.cosine, 7, 10)
     assert sorted(data["order"]) == list(range(40))
     text = path.read_text(encoding="utf-8")
-    assert "5 groups" in text
+    assert "5 groups of similar experts; 0 similar to no other." in text
     assert "standard error at most 0.01" in text
     assert text.count("</script>") == 2  # a label cannot close it
     assert not re.search(r'(src|href)="', text)
