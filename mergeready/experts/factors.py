@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -23,6 +23,8 @@ SUFFIX = ".factors.safetensors"
 SCHEMA = "1"
 _SCHEMA_KEY, _ABOUT_KEY = "mergeready.factors", "mergeready.about"
 _ASYMMETRY = 1e-2  # of the largest entry: what rounding to bf16 and a foreign implementation may leave
+
+_PIECE = 2**16  # elements
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +245,31 @@ def sum_factors(
         >>> float(torch.kron(B, A)[0, 0])  # twice 1 · 3
         6.0
     """
+    summed = list(each_sum(given, weights))
+    pairs = {name: pair for name, _, pair in summed}
+    layers = {name: layer for name, layer, _ in summed}
+    base = next((made.base for made in given if made.base is not None), None)
+    return KroneckerFactors.of(pairs, layers, label=" + ".join(made.label for made in given), base=base)
+
+
+def each_sum(
+    given: Sequence[KroneckerFactors],
+    weights: Sequence[float] | None = None,
+    wanted: Callable[[str, FactoredLayer], bool] = lambda name, layer: True,
+) -> Iterator[tuple[str, FactoredLayer, tuple[Tensor, Tensor]]]:
+    """What :func:`sum_factors` adds, layer by layer, so that no more than one need be in memory.
+
+    Args:
+        given: As there.
+        weights: As there.
+        wanted: Which layers to read.
+
+    Yields:
+        Name, layer, and the sums of B and of A, fp32; they belong to the caller.
+
+    Raises:
+        MergeReadyError: As there.
+    """
     if not given:
         raise OptionError("there are no factors to add: pass at least one.")
     shares = [1 / len(given)] * len(given) if weights is None else list(weights)
@@ -260,25 +287,40 @@ def sum_factors(
                 raise MismatchError(
                     f"{name} is {layer} in the factors {made.label}, but {layers[name]} in others."
                 )
-    having = list(zip(shares, given, strict=True))
-    pairs = {
-        name: _sum_pairs((share, made.read(name)) for share, made in having if name in made.layers)
-        for name in layers
-    }
-    return KroneckerFactors.of(pairs, layers, label=" + ".join(made.label for made in given), base=base)
+    for name, layer in layers.items():
+        if wanted(name, layer):
+            having = [(share, m) for share, m in zip(shares, given, strict=True) if name in m.layers]
+            pair = (
+                _added([(1.0, made.source) for _, made in having], f"outputs/{name}", layer.outputs),
+                _added([(share, made.source) for share, made in having], f"inputs/{name}", layer.columns),
+            )
+            _require_sums(pair, name, [made for _, made in having])
+            yield name, layer, pair
 
 
-def _sum_pairs(weighted: Iterable[tuple[float, tuple[Tensor, Tensor]]]) -> tuple[Tensor, Tensor]:
-    total: tuple[Tensor, Tensor] | None = None
-    for share, (outputs, inputs) in weighted:
-        if total is None:
-            total = outputs.clone(), share * inputs
-        else:
-            total[0].add_(outputs)
-            total[1].add_(inputs, alpha=share)
-    if total is None:
-        raise ValueError("there is nothing to add")
-    return total
+def _added(parts: Sequence[tuple[float, WeightSource]], name: str, side: int) -> Tensor:
+    """A weighted sum of square matrices, fp32, in pieces that stay in the processor's cache meanwhile."""
+    total = torch.empty(side * side)
+    for start in range(0, len(total), _PIECE):
+        piece = total[start : start + _PIECE]
+        for index, (weight, source) in enumerate(parts):
+            read = source.read_flat(name, start, start + len(piece)).to("cpu", torch.float32)
+            if index:
+                piece.add_(read, alpha=weight)
+            else:
+                torch.mul(read, weight, out=piece)
+    return total.reshape(side, side)
+
+
+def _require_sums(pair: tuple[Tensor, Tensor], name: str, made: Sequence[KroneckerFactors]) -> None:
+    """Check sums, which costs a part of checking each; where one is broken, name whose factors are."""
+    try:
+        for kind, factor in zip(("outputs", "inputs"), pair, strict=True):
+            _require_second_moment(factor, f"{kind}/{name} of the sum")
+    except (FormatError, NonFiniteError):
+        for one in made:
+            one.read(name)
+        raise
 
 
 def factor_infos(layers: Mapping[str, FactoredLayer], dtype: torch.dtype) -> dict[str, TensorInfo]:
@@ -322,8 +364,18 @@ def _require_consistent(path: object, layers: Mapping[str, FactoredLayer], sourc
 
 
 def _require_second_moment(factor: Tensor, what: str) -> None:
-    largest = float(factor.abs().max()) if factor.numel() else 0.0
+    low, high = factor.aminmax() if factor.numel() else (torch.zeros(()), torch.zeros(()))
+    largest = float(torch.maximum(high, -low))  # NaN if there is one
     if not largest < float("inf"):
         raise NonFiniteError(f"{what} holds NaN or infinite values. Collect it again, in float32.")
-    if float((factor - factor.T).abs().max()) > _ASYMMETRY * largest or float(factor.diagonal().min()) < 0:
+    if not _is_symmetric(factor, _ASYMMETRY * largest) or bool((factor.diagonal() < 0).any()):
         raise FormatError(f"{what} is no mean of outer products: not symmetric, or with a negative diagonal.")
+
+
+def _is_symmetric(factor: Tensor, tolerance: float) -> bool:
+    """Whether it is its transpose. Products with random signs show most that are, at a part of the cost."""
+    signs = torch.randint(2, (len(factor),), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    signs = signs.to(factor.device)
+    if bool(((factor @ signs - signs @ factor).abs() <= tolerance).all()):
+        return True
+    return bool(((factor - factor.T).abs() <= tolerance).all())

@@ -15,6 +15,7 @@ from mergeready.experts import Base
 from mergeready.experts.factors import (
     FactoredLayer,
     KroneckerFactors,
+    each_sum,
     is_factors,
     open_factors,
     sum_factors,
@@ -117,6 +118,44 @@ def test_whole_numbers_hold_no_factors(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"`dtype` .* not torch\.int8"):
         made().save(path, torch.int8)
     assert path.read_bytes() == before
+
+
+def test_a_sum_names_whose_factors_are_broken() -> None:
+    several = [made(seed, label=str(seed)) for seed in (0, 10)]
+    broken = {name: made(20).read(name) for name in LAYERS}
+    for bad, error, message in (
+        (torch.full((3, 3), float("nan")), NonFiniteError, r"outputs/a.weight of c holds NaN"),
+        (
+            torch.eye(3).index_fill(0, torch.tensor([1]), -99.0),
+            FormatError,
+            "of c is no mean of outer products",
+        ),
+        (99 * torch.ones(3, 3).triu(), FormatError, "of c is no mean of outer products"),
+    ):
+        pairs = broken | {"a.weight": (bad, broken["a.weight"][1])}
+        with pytest.raises(error, match=message):
+            sum_factors([*several, KroneckerFactors.of(pairs, LAYERS, label="c", base=BASE.identity)])
+
+
+def test_sums_of_more_than_a_piece_and_of_some_layers() -> None:
+    layer = FactoredLayer(300, 280)
+    several = [KroneckerFactors.of({"w": (moment(s, 300), moment(s + 1, 280))}, {"w": layer}) for s in (0, 2)]
+    ((name, found, (B, A)),) = each_sum(several, [1.0, 0.25], lambda name, layer: layer.outputs == 300)
+    assert (name, found) == ("w", layer)
+    (B0, A0), (B1, A1) = (one.read("w") for one in several)
+    assert torch.equal(B, B0 + B1)
+    torch.testing.assert_close(A, A0 + 0.25 * A1)
+    assert not list(each_sum(several, wanted=lambda name, layer: False))
+
+
+def test_what_rounding_leaves_counts_as_symmetric() -> None:
+    matrix = moment(0, 300)
+    noise = torch.randn(300, 300, generator=torch.Generator().manual_seed(1)).clamp(-2, 2)
+    nearly = matrix + 2e-3 * matrix.abs().max() * noise
+    KroneckerFactors.of({"w": (nearly, nearly.clone())}, {"w": FactoredLayer(300, 300)}).read("w")
+    nearly[7, 200] += 0.1 * matrix.abs().max()
+    with pytest.raises(FormatError, match="not symmetric"):
+        KroneckerFactors.of({"w": (nearly, matrix)}, {"w": FactoredLayer(300, 300)}).read("w")
 
 
 def test_layers_that_some_lack_are_free_there() -> None:

@@ -5,17 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from mergeready.errors import MismatchError, OptionError
-from mergeready.experts.factors import FactoredLayer, KroneckerFactors, open_factors, sum_factors
+from mergeready.experts.factors import KroneckerFactors
 from mergeready.training.penalties import kronecker_drift
+from mergeready.training.techniques.layer_change import LayerChange, require_list, summed_layers
 from mergeready.training.techniques.penalty import Penalty, RunningPenalty
 from mergeready.training.techniques.registry import register
 from mergeready.training.techniques.run import TechniqueRun
 from mergeready.training.techniques.technique import Running
-from mergeready.training.techniques.trained import Trained
 
 
 @register
@@ -58,59 +56,22 @@ class KroneckerPenalty(Penalty):
     weights: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.factors, str | Path | KroneckerFactors) or not self.factors:
-            raise OptionError("`factors` must be a list of files of peers' factors, with one at least.")
+        require_list(self.factors)
         super().__post_init__()
 
     def begin(self, run: TechniqueRun) -> Running:
-        opened = [open_factors(given, run.live.base) for given in self.factors]
-        total = sum_factors(opened, self.weights)
-        layers = [
-            _Layer(layer, run.weights.get(name), run.weights.get(layer.bias or ""), total.read(name))
-            for name, layer in total.layers.items()
-            if name in run.weights or layer.bias in run.weights
-        ]
-        if not layers:
-            raise MismatchError(f"the factors {total.label} are of no layer that trains in this run.")
-        return _Pull(self, layers)
-
-
-class _Layer:
-    """A layer whose weight, bias or both train, and the factors where they are needed."""
-
-    def __init__(
-        self,
-        layer: FactoredLayer,
-        weight: Trained | None,
-        bias: Trained | None,
-        factors: tuple[Tensor, Tensor],
-    ) -> None:
-        self._layer, self._weight, self._bias = layer, weight, bias if layer.bias is not None else None
-        self.parts = [part for part in (self._weight, self._bias) if part is not None]
-        device = self.parts[0].target.device
-        self._outputs, self._inputs = (factor.to(device) for factor in factors)
-
-    def add(self, strength: float) -> None:
-        """Add the gradient."""
-        layer = self._layer
-        if self._weight is None:
-            weight = torch.zeros(layer.weight_shape, device=self._inputs.device)
-        else:
-            weight = self._weight.whole_delta()
-        bias = None if self._bias is None else self._bias.whole_delta()
-        _, gradient = kronecker_drift(layer.matrix(weight, bias), self._outputs, self._inputs)
-        if self._weight is not None:
-            own = gradient[:, : layer.inputs]
-            self._weight.add_gradient(self._weight.block.of(own.T if layer.transposed else own), strength)
-        if self._bias is not None:
-            self._bias.add_gradient(self._bias.block.of(gradient[:, layer.inputs]), strength)
+        return _Pull(self, list(summed_layers(self.factors, self.weights, run)))
 
 
 class _Pull(RunningPenalty):
-    def __init__(self, settings: KroneckerPenalty, layers: Sequence[_Layer]) -> None:
+    def __init__(
+        self, settings: KroneckerPenalty, layers: Sequence[tuple[LayerChange, tuple[Tensor, Tensor]]]
+    ) -> None:
         super().__init__(settings)
         self._layers = layers
 
     def add(self, turn: int, strength: float) -> None:
-        for layer in self._layers:
-            layer.add(strength)
+        for change, (outputs, inputs) in self._layers:
+            _, gradient = kronecker_drift(change.matrix(), outputs, inputs)
+            for part, own in change.parts(gradient):
+                part.add_gradient(own, strength)
