@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from mergeready.training.techniques.distilled_finish import DistilledFinish
     from mergeready.training.techniques.drift_penalty import DriftPenalty
     from mergeready.training.techniques.jacobian_penalty import JacobianPenalty
+    from mergeready.training.techniques.kronecker_filter import KroneckerFilter
     from mergeready.training.techniques.kronecker_penalty import KroneckerPenalty
     from mergeready.training.techniques.lora_overlap import LoraOverlap
     from mergeready.training.techniques.lora_start import OrthogonalStart, SharedLoraA
@@ -139,6 +140,7 @@ _PLACES = {
     "mergeready.training.techniques.distilled_finish": ["DistilledFinish"],
     "mergeready.training.techniques.drift_penalty": ["DriftPenalty"],
     "mergeready.training.techniques.jacobian_penalty": ["JacobianPenalty"],
+    "mergeready.training.techniques.kronecker_filter": ["KroneckerFilter"],
     "mergeready.training.techniques.kronecker_penalty": ["KroneckerPenalty"],
     "mergeready.training.techniques.lora_overlap": ["LoraOverlap"],
     "mergeready.training.techniques.lora_start": ["OrthogonalStart", "SharedLoraA"],
@@ -178,6 +180,7 @@ __all__ = [
     "Inspection",
     "JacobianPenalty",
     "KroneckerFactors",
+    "KroneckerFilter",
     "KroneckerPenalty",
     "LatePart",
     "LinearCka",

@@ -15,6 +15,7 @@ from mergeready import (
     DriftPenalty,
     JacobianPenalty,
     KroneckerFactors,
+    KroneckerFilter,
     KroneckerPenalty,
     LoraOverlap,
     NormGovernor,
@@ -109,6 +110,7 @@ CASES: dict[str, Case] = {
     "jacobian_penalty, lora": Case(
         JacobianPenalty(inputs=[INPUTS], strength=0.5), moved_adapter, refused_sharded="in forward mode"
     ),
+    "kronecker_filter": Case(KroneckerFilter(factors=[factors()], strength=3.0, every=2)),
     "kronecker_penalty": Case(KroneckerPenalty(factors=[factors()], strength=3.0, every=1)),
     "kronecker_penalty, lora": Case(
         KroneckerPenalty(factors=[factors()], strength=3.0, every=1), moved_adapter
@@ -148,6 +150,7 @@ CASES: dict[str, Case] = {
 OFF: list[Technique] = [
     DriftPenalty(strength=0),
     JacobianPenalty(inputs=[INPUTS], strength=0),
+    KroneckerFilter(factors=[factors()], strength=0),
     KroneckerPenalty(factors=[factors()], strength=0),
     LoraOverlap(strength=0),
     SimulatedMerge(every=0),

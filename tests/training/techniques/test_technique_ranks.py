@@ -29,7 +29,10 @@ RUNS = {
     "ddp, others": ("ddp", list(CASES)[1::2]),
     "fsdp2": ("fsdp2", SHARDED[0::2]),
     "fsdp2, others": ("fsdp2", SHARDED[1::2]),
-    "columns": ("columns", ["kronecker_penalty", "peer_projection", "sparse_mask, given", "weight_average"]),
+    "columns": (
+        "columns",
+        ["kronecker_filter", "kronecker_penalty", "peer_projection", "sparse_mask, given", "weight_average"],
+    ),
 }
 
 
