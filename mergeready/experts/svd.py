@@ -18,6 +18,8 @@ WHOLE = 512
 
 _SPARE, _ROUNDS = 16, 4  # of a random subspace: directions beyond those that are wanted, and iterations
 
+_SQUARED = 1e-9  # of the largest eigenvalue of MᵀM: the smallest that is known well enough
+
 _CANCELLED = 1e-12  # of the norms of what was added: rounding in float64
 
 
@@ -26,7 +28,9 @@ def thin_svd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The singular triples that are not zero, largest first: U (rows, k), σ (k,), Vᵀ (k, columns).
 
-    Long matrices are first reduced to a triangle: a QR decomposition costs a fraction of an SVD.
+    From the eigenvectors of ``matrixᵀ matrix``, in half the time of a singular value decomposition, where what squaring
+    loses does not matter: some 1e-15 of the largest eigenvalue are rounding, at most 1e-6 of the smallest wanted one.
+    Otherwise by that decomposition; long matrices are first reduced to a triangle then, which costs a fraction.
 
     Args:
         matrix: Any float64 matrix.
@@ -37,13 +41,31 @@ def thin_svd(
     if rows < columns:
         right, values, left = thin_svd(matrix.T.contiguous(), most, unit)
         return left.T, values, right.T
-    triangle = torch.linalg.qr(matrix, mode="r").R if rows > columns else matrix
-    left, values, right = torch.linalg.svd(triangle, full_matrices=False)
-    count = int((values > ZERO * (values[0] if unit is None else unit)).sum())
-    count = count if most is None else min(count, most)
-    if rows > columns:
-        left = matrix @ (right[:count].T / values[:count])
-    return left[:, :count], values[:count], right[:count]
+    wanted = columns if most is None else min(most, columns)
+    full, values, right = _by_squares(matrix, wanted) or _by_triangle(matrix)
+    count = min(wanted, int((values > ZERO * (values[0] if unit is None else unit)).sum()))
+    left = matrix @ (right[:count].T / values[:count]) if full is None else full[:, :count]
+    return left, values[:count], right[:count]
+
+
+def _by_squares(matrix: Tensor, wanted: int) -> tuple[None, Tensor, Tensor] | None:
+    """The leading singular values and right vectors, in place of the left ones None; None if they are not sure."""
+    if not wanted:
+        return None
+    squares, vectors = torch.linalg.eigh(matrix.T @ matrix)
+    squares, vectors = squares[-wanted:].flip(0), vectors[:, -wanted:].flip(1)
+    if not float(squares[-1]) > _SQUARED * float(squares[0]):
+        return None
+    return None, squares.sqrt(), vectors.T
+
+
+def _by_triangle(matrix: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+    """All singular triples; of a matrix with more rows than columns, None in place of the left vectors."""
+    if matrix.shape[0] == matrix.shape[1]:
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        return left, values, right
+    _, values, right = torch.linalg.svd(torch.linalg.qr(matrix, mode="r").R, full_matrices=False)
+    return None, values, right
 
 
 def leading_svd(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -11,6 +13,8 @@ from torch import Tensor
 from mergeready.experts import dense
 from mergeready.experts.svd import leading_svd, polar, thin_svd
 from tests.merging.matrices import adapters, shapes
+
+reference = torch.linalg.svd
 
 
 def orthonormal(rows: int, columns: int, seed: int) -> Tensor:
@@ -29,7 +33,7 @@ def decomposes(matrix: Tensor, rank: int) -> None:
     torch.testing.assert_close(values, torch.linalg.svdvals(matrix)[:rank])
     torch.testing.assert_close((left * values) @ right, matrix)
     for basis in (left.T, right):
-        torch.testing.assert_close(basis @ basis.T, torch.eye(rank, dtype=torch.float64))
+        torch.testing.assert_close(basis @ basis.T, torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
 @given(shape=shapes, seed=st.integers(0, 99))
@@ -46,6 +50,33 @@ def test_thin_svd_leaves_out_what_is_zero() -> None:
         # The same product rounded to fp32 has full rank, all but four of its directions are noise.
         assert len(thin_svd(dense(low).double())[1]) == 4
         assert len(thin_svd(torch.zeros(shape, dtype=torch.float64))[1]) == 0
+
+
+@pytest.mark.parametrize("smallest", [1e-1, 1e-3, 1e-4, 3e-5, 1e-5, 2e-6])
+def test_small_singular_values_are_as_exact_as_needed(smallest: float) -> None:
+    """Whether by squares, which lose half of the digits, or not: on both sides of where that changes."""
+    values = torch.logspace(0, math.log10(smallest), 24, dtype=torch.float64)
+    for shape in ((40, 24), (24, 40), (24, 24)):
+        left, found, _ = thin_svd(matrix(values, *shape))
+        torch.testing.assert_close(found, values, rtol=1e-6, atol=0)
+        assert (left.T @ left - torch.eye(24)).abs().max() < 1e-6
+        few = thin_svd(matrix(values, *shape), 5)
+        torch.testing.assert_close(few[1], values[:5], rtol=1e-12, atol=0)
+        overlaps = (few[0].T @ left[:, :5]).abs()
+        torch.testing.assert_close(overlaps, torch.eye(5, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_it_costs_less_where_squares_are_exact_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other decompositions are not even asked then; where squares lose too much, they are."""
+    values = torch.logspace(0, -4, 24, dtype=torch.float64)
+    given, asked = matrix(values, 40, 24), []
+    monkeypatch.setattr(
+        torch.linalg, "svd", lambda *args, **options: asked.append(args) or reference(*args, **options)
+    )
+    thin_svd(given)
+    assert not asked
+    thin_svd(matrix(values**1.25, 40, 24))
+    assert asked
 
 
 def test_polar_factor() -> None:
