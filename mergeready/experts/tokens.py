@@ -21,6 +21,8 @@ from mergeready.weights.source import TensorInfo, WeightSource
 _TOKEN_PARAMETER = re.compile(
     r"(embed_tokens|word_embeddings|tok_embeddings|\bwte\b|\bshared\b|lm_head|embed_out|predictions\.(decoder|bias))"
 )
+_TRAINED_ROWS = ".token_adapter."
+_FACTOR = re.compile(r"\.lora_|\.loras\.|\.m$")
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ def token_rows(
         plain: A parameter's name without what its format puts around it.
 
     Raises:
-        MismatchError: If tokens have other ids, but the weights hold no embeddings that could be put in order.
+        MismatchError: If tokens have other ids, but the weights hold no embeddings that could be put in order, or an
+            adapter's changes of them that cannot be.
     """
     own = None if folder is None or base.folder is None else Vocabulary.read(folder)
     theirs = None if own is None or base.folder is None else Vocabulary.read(base.folder)
@@ -89,15 +92,24 @@ def token_rows(
         and source.infos[name].shape[1:] == base.source.infos[base_name].shape[1:]
     }
     moved = [token for token, index in theirs.ids.items() if own.ids.get(token, index) != index]
-    if not wanted:
-        if moved:
-            raise MismatchError(
-                f"{source.label} comes with a tokenizer that numbers tokens otherwise than the base's "
-                f"({listing(map(repr, moved), 6)}), so it reads other embeddings. Use the base it was trained from."
-            )
+    if not wanted and moved:
+        raise MismatchError(
+            f"{source.label} comes with a tokenizer that numbers tokens otherwise than the base's "
+            f"({listing(map(repr, moved), 6)}), so it reads other embeddings. Use the base it was trained from."
+        )
+    own_rows = source.infos[next(iter(wanted))].rows if wanted else rows
+    by_id = _changes_by_id(source, wanted, own_rows)
+    if not wanted and not by_id:
         return TokenRows(source, _added(own, theirs, rows))
-    own_rows = source.infos[next(iter(wanted))].rows
     order = _order(own, theirs, rows, own_rows)
+    if by_id and _moves(order, own):
+        raise MismatchError(
+            f"{source.label} comes with a tokenizer that numbers tokens otherwise than the base's, and changes "
+            f"embeddings by token number: {listing(by_id)}. Merge it into the base that it was trained from (PEFT's "
+            "`merge_and_unload`) and name the result, with its tokenizer: whole rows are paired by token."
+        )
+    if not wanted:
+        return TokenRows(source, _added(own, theirs, rows))
     lost = tuple(t for t, i in own.ids.items() if t not in theirs.ids and (i >= rows or i in theirs.tokens))
     notes = []
     if moved:
@@ -204,6 +216,23 @@ def _order(own: Vocabulary, theirs: Vocabulary, rows: int, own_rows: int) -> Ten
         index = own.ids.get(tokens[row], -1) if row in tokens else -1 if row in taken else row
         order[row] = index if index < own_rows else -1
     return order
+
+
+def _changes_by_id(source: WeightSource, ordered: Mapping[str, str], own_rows: int) -> list[str]:
+    """An adapter's tensors that belong to token numbers and hold no whole rows, which alone are put in order."""
+    return [
+        name
+        for name, info in source.infos.items()
+        if name not in ordered
+        and _TOKEN_PARAMETER.search(name)
+        and (_TRAINED_ROWS in name or (_FACTOR.search(name) and own_rows in info.shape))
+    ]
+
+
+def _moves(order: Tensor, own: Vocabulary) -> bool:
+    """Whether some row of the base stands for another token than the expert's row of the same number."""
+    tokens = own.tokens
+    return any(index != row and (index != -1 or row in tokens) for row, index in enumerate(order.tolist()))
 
 
 def _added(own: Vocabulary, theirs: Vocabulary, rows: int) -> dict[str, int]:

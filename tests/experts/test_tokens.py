@@ -174,6 +174,36 @@ def test_an_adapter_that_reads_other_embeddings_is_refused(base: Path, tmp_path:
         open_expert(folder, base)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["lm_head"], "modules_to_save": ["embed_tokens"]},
+        {
+            "target_modules": ["q_proj"],
+            "modules_to_save": ["lm_head"],
+            "trainable_token_indices": {"embed_tokens": [1, 3]},
+        },
+    ],
+    ids=["embedding", "head", "rows"],
+)
+@pytest.mark.parametrize("copies", [True, False])
+def test_changes_by_token_number_are_refused_where_numbers_differ(
+    options: Mapping[str, object], copies: bool, base: Path, tmp_path: Path
+) -> None:
+    """Factors and trained rows have no whole rows that could be put in order."""
+    model = perturb(get_peft_model(tiny_llama(), LoraConfig(**options)), 1, 0.1)
+    model.save_pretrained(tmp_path / "x", save_embedding_layers=copies)
+    write_tokenizer(tmp_path / "x", numbered([*TOKENS, "<law>"]))
+    assert open_expert(tmp_path / "x", base).added_tokens == {"<law>": 60}
+    write_tokenizer(tmp_path / "x", numbered([*TOKENS[1:], TOKENS[0]]))
+    with pytest.raises(MismatchError, match="numbers tokens otherwise"):
+        open_expert(tmp_path / "x", base)
+    write_tokenizer(tmp_path / "x", numbered(["<law>", *TOKENS[1:]]))
+    with pytest.raises(MismatchError, match=r"by token number: base_model\S*(lora_|token_adapter)"):
+        open_expert(tmp_path / "x", base, strict=False)
+
+
 def test_an_adapter_with_resized_embeddings(base: Path, tmp_path: Path) -> None:
     """PEFT stores embeddings whole where they were resized; their rows are paired by token like a model's."""
     rows = torch.cat([torch.arange(60), torch.tensor([-1, -1])])
