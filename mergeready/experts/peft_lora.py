@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 
 import torch
 
 from mergeready.errors import FormatError, listing
 from mergeready.experts.adapter import AdapterBuilder, AdapterTaskVector, Slot, SlotKind, require_pairs
 from mergeready.experts.base import Base
+from mergeready.experts.orientation import is_swapped, orientations
 from mergeready.experts.parts import BiasPart, DoraPart, ExpertsPart, LowRankPart, Part, RowsPart
 from mergeready.experts.peft_config import PeftConfig
 from mergeready.weights.source import TensorInfo, WeightSource
@@ -111,7 +113,7 @@ class _PeftBuilder(AdapterBuilder):
         embedding = "embedding_A" in keys
         A_key, B_key = (keys["embedding_A"], keys["embedding_B"]) if embedding else (keys["A"], keys["B"])
         A_shape, B_shape = self.source.infos[A_key].shape, self.source.infos[B_key].shape
-        transposed = self._is_transposed(B_shape[:1] + A_shape[1:], info)
+        transposed = self._is_transposed(name, B_shape[:1] + A_shape[1:], info)
         kind: SlotKind = "embedding" if embedding else "transposed" if transposed else "linear"
         if self.factors(module, A_shape, B_shape, info, kind):
             scaling = self.config.scaling(module, A_shape[0])
@@ -120,12 +122,19 @@ class _PeftBuilder(AdapterBuilder):
             self.add(name, Slot(module, kind, dora=part is not lora), part)
             self._add_bias(module, keys, scaling)
 
-    def _is_transposed(self, straight: tuple[int, ...], info: TensorInfo) -> bool:
+    def _is_transposed(self, name: str, straight: tuple[int, ...], info: TensorInfo) -> bool:
         if len(info.shape) != 2:
             return False
-        if straight[0] == straight[1]:  # square: the shape cannot tell, the configuration can
-            return self.config.fan_in_fan_out
-        return straight != info.shape
+        if straight[0] != straight[1]:
+            return straight != info.shape
+        # Square: the shape cannot tell. PEFT sets `fan_in_fan_out` anew for each layer and saves it as the last one had
+        # it: where a Linear head is adapted as well, it does not hold for Conv1D layers.
+        swapped = is_swapped(name, self._orientations)
+        return self.config.fan_in_fan_out if swapped is None else swapped
+
+    @cached_property
+    def _orientations(self) -> Mapping[str, bool | None]:
+        return orientations(self.base.source.infos)
 
     def _with_dora(self, lora: LowRankPart, keys: Mapping[str, str], name: str, info: TensorInfo) -> Part:
         if "magnitude" not in keys:

@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import GPT2ForTokenClassification
 
 from mergeready.errors import (
     BaseMismatchError,
@@ -32,6 +33,11 @@ def logits(model: nn.Module) -> Tensor:
         if isinstance(inner, TinyConvNet):
             return model(torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
         return model(**token_batch()).logits
+
+
+def tiny_gpt2_tagger() -> nn.Module:
+    torch.manual_seed(0)
+    return GPT2ForTokenClassification(tiny_gpt2().config).eval()
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,9 @@ VARIANTS = [
         "conv1d dora",
         tiny_gpt2,
         {"target_modules": ["c_attn", "c_proj"], "use_dora": True, "fan_in_fan_out": True},
+    ),
+    Variant(
+        "conv1d and a linear head", tiny_gpt2_tagger, {"target_modules": ["c_attn", "c_proj", "classifier"]}
     ),
     Variant("conv", TinyConvNet, {"target_modules": ["conv", "point", "head"], "lora_alpha": 12}),
     Variant("conv dora", TinyConvNet, {"target_modules": ["conv", "point"], "use_dora": True}),
