@@ -11,10 +11,11 @@ from mergeready.experts.base import Base
 from mergeready.experts.orientation import is_swapped, orientations
 from mergeready.experts.parts import BiasPart, DoraPart, ExpertsPart, LowRankPart, Part, RowsPart
 from mergeready.experts.peft_config import PeftConfig
-from mergeready.weights.source import TensorInfo, WeightSource
+from mergeready.weights.source import TensorInfo, WeightSource, chunk_ranges
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_ROWS_BASE = ".token_adapter.base_layer."
 _SUFFIXES = {
     ".lora_A.weight": "A",
     ".lora_B.weight": "B",
@@ -55,7 +56,7 @@ class PeftTaskVector(AdapterTaskVector):
         for module, keys in modules.items():
             builder.add_module(module, keys)
         for name, key in copies.items():
-            builder.add_copy(name, key)
+            builder.add_stored(name, key)
         builder.notes += config.notes
         super().__init__(builder)
 
@@ -66,7 +67,7 @@ def plain_name(key: str) -> str:
     >>> plain_name("base_model.model.model.embed_tokens.base_layer.weight")
     'model.embed_tokens.weight'
     """
-    return key.removeprefix(_PREFIX).replace(".base_layer.", ".")
+    return key.removeprefix(_PREFIX).replace(_ROWS_BASE, ".").replace(".base_layer.", ".")
 
 
 def _sort_tensors(source: WeightSource, label: str) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
@@ -115,6 +116,30 @@ class _PeftBuilder(AdapterBuilder):
         A_shape, B_shape = self.source.infos[A_key].shape, self.source.infos[B_key].shape
         transposed = self._is_transposed(name, B_shape[:1] + A_shape[1:], info)
         kind: SlotKind = "embedding" if embedding else "transposed" if transposed else "linear"
+    def add_stored(self, name: str, key: str) -> None:
+        """Add what is stored whole, unless it is the base below the adapter, which is no change."""
+        if key.endswith(".base_layer.weight") and self._is_the_base_s(name, key):
+            return
+        if _ROWS_BASE in key:
+            self.problems.append(f"the embeddings below the trained rows of {name} are not the base's")
+            return
+        self.add_copy(name, key)
+
+    def _is_the_base_s(self, name: str, key: str) -> bool:
+        base, own = self.base.source, self.source.infos[key]
+        base_name = self.names.get(name)
+        return (
+            base_name is not None
+            and base.infos[base_name].shape == own.shape
+            and all(
+                torch.equal(
+                    self.source.read_flat(key, start, stop),
+                    base.read_flat(base_name, start, stop).to(dtype=own.dtype, device="cpu"),
+                )
+                for start, stop in chunk_ranges(own)
+            )
+        )
+
         if self.factors(module, A_shape, B_shape, info, kind):
             scaling = self.config.scaling(module, A_shape[0])
             lora = self.low_rank(B_key, A_key, scaling, info, kind != "linear")

@@ -24,6 +24,7 @@ from mergeready.errors import (
     UnsupportedError,
 )
 from mergeready.experts import LiveExpert, LowRank, dense, open_expert
+from mergeready.merging import merge_adapters
 from tests.models import TinyConvNet, perturb, tiny_bert, tiny_gpt2, tiny_llama, token_batch
 
 
@@ -88,6 +89,7 @@ VARIANTS = [
     Variant(
         "conv1d and a linear head", tiny_gpt2_tagger, {"target_modules": ["c_attn", "c_proj", "classifier"]}
     ),
+    Variant("embeddings and head", tiny_llama, {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
     Variant("conv", TinyConvNet, {"target_modules": ["conv", "point", "head"], "lora_alpha": 12}),
     Variant("conv dora", TinyConvNet, {"target_modules": ["conv", "point"], "use_dora": True}),
     Variant("orthogonal init", tiny_bert, {"target_modules": ATTENTION, "init_lora_weights": "orthogonal"}),
@@ -362,3 +364,37 @@ def test_a_head_that_the_base_lacks_stays_out_unless_strict(tmp_path: Path) -> N
     expert = open_expert(tmp_path, base.bert, strict=False)
     assert set(expert.extra) == {"classifier.weight", "classifier.bias"}
     assert len(expert.vector) == 4
+
+
+def with_stored_embeddings(folder: Path, **options: Any) -> nn.Module:
+    base = tiny_llama()
+    model = perturb(get_peft_model(copy.deepcopy(base), LoraConfig(**options)), 1, 0.1)
+    model.save_pretrained(folder, save_embedding_layers=True)
+    assert any(".base_layer." in name for name in load_file(folder / "adapter_model.safetensors"))
+    return base
+
+
+def test_the_base_s_head_below_factors_is_no_change(tmp_path: Path) -> None:
+    """PEFT stores it with the adapter; where it is not the base's, what it differs by is a change as well."""
+    base = with_stored_embeddings(tmp_path, target_modules=["lm_head"])
+    delta = open_expert(tmp_path, base).vector["lm_head.weight"]
+    assert isinstance(delta, LowRank)
+    other = copy.deepcopy(base)
+    with torch.no_grad():
+        other.lm_head.weight[5] += 1
+    more = open_expert(tmp_path, other).vector["lm_head.weight"]
+    torch.testing.assert_close(other.lm_head.weight + dense(more), base.lm_head.weight + dense(delta))
+    with pytest.raises(
+        UnsupportedError, match=r"lm_head\.weight: its factors lie on other weights than the base's"
+    ):
+        merge_adapters(other, [tmp_path], tmp_path / "out")
+
+
+def test_the_base_s_embeddings_below_trained_rows_are_no_change(tmp_path: Path) -> None:
+    options = {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3]}}
+    base = with_stored_embeddings(tmp_path, **options)
+    assert open_expert(tmp_path, base).vector["model.embed_tokens.weight"].rank() == 1
+    with torch.no_grad():
+        base.model.embed_tokens.weight[5] += 1
+    with pytest.raises(MismatchError, match=r"below the trained rows of model\.embed_tokens\.weight"):
+        open_expert(tmp_path, base)

@@ -117,14 +117,17 @@ def _merge_one(
         changes.values[name] = _value(base, name, vectors, setting)
     else:
         dora = any(slot.dora for slot in slots)
+        rebased = not dora and any(name in v and not isinstance(v[name], LowRank) for v in vectors)
         factors = linear_factors(setting.method, setting.weights)
+        dense = dora or rebased or factors is None
         if isinstance(rank, str):
-            if dora or factors is None:
-                why = "DoRA is not low-rank" if dora else f"{setting.method.name} gives changes of full rank"
+            if dora or rebased or factors is None:
+                why = f"{setting.method.name} gives changes of full rank"
+                why = "its factors lie on other weights than the base's" if rebased else why
+                why = "DoRA is not low-rank" if dora else why
                 return f"{why}: choose `rank`, or output_format='full'"
             delta = _summed(name, vectors, setting, factors)
         else:
-            dense = dora or factors is None
             found = (
                 factorized(_matrix(base, name, vectors, setting), rank, base.source.infos[name].shape)
                 if dense
