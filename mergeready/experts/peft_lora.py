@@ -84,8 +84,8 @@ def _sort_tensors(source: WeightSource, label: str) -> tuple[dict[str, dict[str,
             modules.setdefault(name.removesuffix(suffix), {})[_SUFFIXES[suffix]] = key
         elif "lora_" in name:
             unknown.append(key)
-        else:
-            copies[plain_name(key)] = key
+        elif (counted := _counts_as(key, source)) is not None:
+            copies[plain_name(counted)] = key
     if unknown:
         raise FormatError(f"{label} holds tensors that PEFT's LoRA format does not have: {listing(unknown)}.")
     require_pairs(modules, (("A", "B"), ("embedding_A", "embedding_B")), label, source.infos)
@@ -94,28 +94,28 @@ def _sort_tensors(source: WeightSource, label: str) -> tuple[dict[str, dict[str,
     return modules, copies
 
 
+def _counts_as(key: str, source: WeightSource) -> str | None:
+    """The name under which a tensor counts; None where PEFT wrote it beside the one that does.
+
+    With ``bias="all"`` or stored embeddings it also writes what lies inside of modules that it trains whole: their
+    frozen original, and the trained copy once more.
+    """
+    if ".original_module." in key:
+        return None
+    module, inside, rest = key.partition(".modules_to_save.")
+    if not inside:
+        return key
+    for plain in (f"{module}.{rest}", f"{module}.{rest.partition('.')[2]}"):
+        if plain in source.infos:
+            return None
+        if plain in source.aliases:  # in a live model the two are one tensor, listed under either name
+            return plain
+    return key
+
+
 class _PeftBuilder(AdapterBuilder):
     config: PeftConfig
 
-    def add_module(self, module: str, keys: Mapping[str, str]) -> None:
-        if self._is_stack(module):
-            self._add_experts(module, keys)
-            return
-        name = self.weight_of(module)
-        if name is None:
-            return
-        info = self.base.source.infos[name]
-        if "token_rows" in keys:
-            self._add_rows(module, keys["token_rows"], name, info)
-        if "A" in keys or "embedding_A" in keys:
-            self._add_lora(module, keys, name, info)
-
-    def _add_lora(self, module: str, keys: Mapping[str, str], name: str, info: TensorInfo) -> None:
-        embedding = "embedding_A" in keys
-        A_key, B_key = (keys["embedding_A"], keys["embedding_B"]) if embedding else (keys["A"], keys["B"])
-        A_shape, B_shape = self.source.infos[A_key].shape, self.source.infos[B_key].shape
-        transposed = self._is_transposed(name, B_shape[:1] + A_shape[1:], info)
-        kind: SlotKind = "embedding" if embedding else "transposed" if transposed else "linear"
     def add_stored(self, name: str, key: str) -> None:
         """Add what is stored whole, unless it is the base below the adapter, which is no change."""
         if key.endswith(".base_layer.weight") and self._is_the_base_s(name, key):
@@ -140,6 +140,25 @@ class _PeftBuilder(AdapterBuilder):
             )
         )
 
+    def add_module(self, module: str, keys: Mapping[str, str]) -> None:
+        if self._is_stack(module):
+            self._add_experts(module, keys)
+            return
+        name = self.weight_of(module)
+        if name is None:
+            return
+        info = self.base.source.infos[name]
+        if "token_rows" in keys:
+            self._add_rows(module, keys["token_rows"], name, info)
+        if "A" in keys or "embedding_A" in keys:
+            self._add_lora(module, keys, name, info)
+
+    def _add_lora(self, module: str, keys: Mapping[str, str], name: str, info: TensorInfo) -> None:
+        embedding = "embedding_A" in keys
+        A_key, B_key = (keys["embedding_A"], keys["embedding_B"]) if embedding else (keys["A"], keys["B"])
+        A_shape, B_shape = self.source.infos[A_key].shape, self.source.infos[B_key].shape
+        transposed = self._is_transposed(name, B_shape[:1] + A_shape[1:], info)
+        kind: SlotKind = "embedding" if embedding else "transposed" if transposed else "linear"
         if self.factors(module, A_shape, B_shape, info, kind):
             scaling = self.config.scaling(module, A_shape[0])
             lora = self.low_rank(B_key, A_key, scaling, info, kind != "linear")

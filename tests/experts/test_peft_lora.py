@@ -90,6 +90,11 @@ VARIANTS = [
         "conv1d and a linear head", tiny_gpt2_tagger, {"target_modules": ["c_attn", "c_proj", "classifier"]}
     ),
     Variant("embeddings and head", tiny_llama, {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
+    Variant(
+        "bias all and a saved head",
+        tiny_bert,
+        {"target_modules": ATTENTION, "bias": "all", "modules_to_save": ["classifier"]},
+    ),
     Variant("conv", TinyConvNet, {"target_modules": ["conv", "point", "head"], "lora_alpha": 12}),
     Variant("conv dora", TinyConvNet, {"target_modules": ["conv", "point"], "use_dora": True}),
     Variant("orthogonal init", tiny_bert, {"target_modules": ATTENTION, "init_lora_weights": "orthogonal"}),
