@@ -15,7 +15,8 @@ from mergeready.experts.parts import LowRankPart, Part, ReplacePart, RowsPart, S
 from mergeready.experts.stored import Rounded, coarsest
 from mergeready.experts.task_vector import TaskVector
 from mergeready.weights.names import match_names
-from mergeready.weights.source import TensorInfo, WeightSource
+from mergeready.weights.source import TensorInfo, WeightSource, is_mergeable
+from mergeready.weights.state_dict import StateDictSource
 
 SlotKind: TypeAlias = Literal["linear", "transposed", "embedding", "copy", "bias", "rows", "experts"]
 
@@ -43,12 +44,14 @@ class AdapterTaskVector(TaskVector):
         source: The adapter's own tensors.
         slots: Where and how each parameter is changed.
         extra: Parameters in the adapter's file that the base does not have.
+        running: Base name to own name of running statistics that it holds; they are no change of weights.
         notes: What a reader of results should know, such as training on quantised weights.
     """
 
     source: WeightSource
     slots: Mapping[str, Slot]
     extra: tuple[str, ...]
+    running: Mapping[str, str]
     notes: tuple[str, ...]
 
     def __init__(self, builder: AdapterBuilder) -> None:
@@ -57,6 +60,7 @@ class AdapterTaskVector(TaskVector):
             raise MismatchError(f"{label} does not fit {base.source.label}: {listing(builder.problems)}.")
         self.label, self.base, self.source = label, base.identity, builder.source
         self.extra, self.slots = tuple(builder.extra), dict(builder.slots)
+        self.running = dict(builder.running)
         self.notes = tuple(builder.notes)
         infos = base.source.infos
         self._parts = {
@@ -78,6 +82,14 @@ class AdapterTaskVector(TaskVector):
 
     def __getitem__(self, name: str) -> Delta:
         return self._parts[name].delta()
+
+    def statistics(self) -> WeightSource | None:
+        """Its running statistics under the base's names, read now; None where it holds none."""
+        if not self.running:
+            return None
+        return StateDictSource(
+            {name: self.source.read(key) for name, key in self.running.items()}, self.label
+        )
 
     def require_trained(self) -> None:
         """Raise if every change is exactly zero: LoRA starts with B = 0, and nothing moved it.
@@ -109,6 +121,7 @@ class AdapterBuilder:
     slots: dict[str, Slot] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     extra: list[str] = field(default_factory=list)
+    running: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     tied: frozenset[str] = frozenset()
     acts_on_both: bool = False
@@ -159,6 +172,9 @@ class AdapterBuilder:
         info, own = self.base.source.infos[base_name], self.source.infos[key]
         if own.shape != info.shape:
             self.problems.append(f"{name} is {own.shape}, in the base {info.shape}")
+            return
+        if not is_mergeable(base_name, info):
+            self.running[base_name] = key
             return
         part = ReplacePart(self.slice(key), self.base_slice(base_name), info)
         self.add(base_name, Slot(name.rpartition(".")[0], "copy"), part)

@@ -35,7 +35,7 @@ class Expert:
         folder: Where it lies, if it is a folder.
         extra: Its parameters that the base does not have, such as a task's own head. They are not merged.
         missing: Base parameters that it does not have. They count as unchanged.
-        statistics: Source of its running statistics, if it is a full model.
+        statistics: Source of its running statistics: a full model itself, or what an adapter stores of them.
         base_checked: How its base was verified: ``recorded`` (exact), ``weights`` (plausible) or ``nothing``.
         added_tokens: Tokens that the base's tokenizer does not know, with the rows of the base that they took.
         notes: What else is to be known, such as training on quantised weights.
@@ -140,6 +140,7 @@ def _open_adapter(
         vector,
         folder,
         vector.extra,
+        statistics=vector.statistics(),
         base_checked=checked,
         added_tokens=tokens.added,
         notes=(*vector.notes, *tokens.notes),

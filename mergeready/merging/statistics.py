@@ -45,7 +45,7 @@ def merged_statistic(name: str, base: WeightSource, experts: Sequence[Expert], h
     Args:
         name: Its name in the base.
         base: The base.
-        experts: The experts; adapters have no statistics and do not count.
+        experts: The experts; those without statistics, as most adapters, do not count.
         how: ``base`` keeps the base's value, right for experts whose BatchNorm was frozen. ``average`` takes the
             mean over experts that have it, a first guess for experts trained with live statistics. Integers
             always stay the base's.

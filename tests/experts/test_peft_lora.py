@@ -24,7 +24,7 @@ from mergeready.errors import (
     UnsupportedError,
 )
 from mergeready.experts import LiveExpert, LowRank, dense, open_expert
-from mergeready.merging import merge_adapters
+from mergeready.merging import merge, merge_adapters
 from tests.models import TinyConvNet, perturb, tiny_bert, tiny_gpt2, tiny_llama, token_batch
 
 
@@ -95,6 +95,7 @@ VARIANTS = [
         tiny_bert,
         {"target_modules": ATTENTION, "bias": "all", "modules_to_save": ["classifier"]},
     ),
+    Variant("saved normalisation", TinyConvNet, {"target_modules": ["conv"], "modules_to_save": ["norm"]}),
     Variant("conv", TinyConvNet, {"target_modules": ["conv", "point", "head"], "lora_alpha": 12}),
     Variant("conv dora", TinyConvNet, {"target_modules": ["conv", "point"], "use_dora": True}),
     Variant("orthogonal init", tiny_bert, {"target_modules": ATTENTION, "init_lora_weights": "orthogonal"}),
@@ -403,3 +404,21 @@ def test_the_base_s_embeddings_below_trained_rows_are_no_change(tmp_path: Path) 
         base.model.embed_tokens.weight[5] += 1
     with pytest.raises(MismatchError, match=r"below the trained rows of model\.embed_tokens\.weight"):
         open_expert(tmp_path, base)
+
+
+def test_running_statistics_are_no_change_of_weights(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are the adapter's statistics, as a full model's are."""
+    base, model = trained(next(variant for variant in VARIANTS if variant.name == "saved normalisation"))
+    for buffer in model.buffers():
+        buffer.add_(torch.ones_like(buffer))
+    model.save_pretrained(tmp_path / "moved")
+    expert = open_expert(tmp_path / "moved", base)
+    assert set(expert.vector) == {"conv.weight", "norm.weight", "norm.bias"}
+    assert expert.statistics is not None
+    assert torch.equal(expert.statistics.read("norm.running_mean"), base.norm.running_mean + 1)
+    merge_adapters(base, [tmp_path / "moved"], tmp_path / "out")
+    assert "live BatchNorm statistics in 1 layers, while the merged model has the base's" in caplog.text
+    averaged = merge(base, [tmp_path / "moved"], statistics="average")
+    torch.testing.assert_close(logits(averaged), logits(model), rtol=1e-5, atol=1e-5)

@@ -15,7 +15,6 @@ from mergeready.errors import UnsupportedError, listing
 from mergeready.experts.base import Base
 from mergeready.experts.delta import LowRank
 from mergeready.merging.adapters.changes import Changes, Factors
-from mergeready.weights.source import is_mergeable
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -24,8 +23,8 @@ _PREFIX = "base_model.model."
 def peft_tensors(changes: Changes, base: Base, dtype: torch.dtype) -> dict[str, Tensor]:
     """The adapter's tensors under PEFT's names.
 
-    Modules trained whole are stored whole, in the base's dtype. A changed bias whose module is not stored whole is
-    a trained bias of the base (`bias="all"`).
+    Modules trained whole are stored whole, in the base's dtype, with the base's running statistics: PEFT asks for all
+    that belongs to them. A changed bias whose module is not stored whole is a trained bias of the base (`bias="all"`).
     """
     tensors: dict[str, Tensor] = {}
     for name, change in changes.factors.items():
@@ -43,7 +42,7 @@ def peft_tensors(changes: Changes, base: Base, dtype: torch.dtype) -> dict[str, 
     for module, base_module in whole.items():
         for name, info in base.source.infos.items():
             leaf = name.removeprefix(base_module + ".")
-            if name.startswith(base_module + ".") and "." not in leaf and is_mergeable(name, info):
+            if name.startswith(base_module + ".") and "." not in leaf:
                 value = changes.values.get(name)
                 stored = base.source.read(name).cpu() if value is None else value.to(info.dtype)
                 tensors[f"{_PREFIX}{module}.{leaf}"] = stored.clone()
