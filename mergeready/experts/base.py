@@ -12,7 +12,10 @@ from mergeready.weights.open import WeightsLike, open_weights, resolve_folder
 from mergeready.weights.source import WeightSource
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_GENERATES = re.compile(r"LMHead|ForCausalLM")
+_GENERATES = re.compile(
+    r"LMHead|ForCausalLM|ForConditionalGeneration|ForMaskedLM|MTModel|(?<!Electra)(?<!Funnel)ForPreTraining"
+)
+"""Architectures that score tokens; Electra and Funnel are pretrained to tell which tokens were replaced."""
 
 
 @dataclass(frozen=True)

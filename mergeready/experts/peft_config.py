@@ -45,6 +45,8 @@ _REASONS = {
 }
 _QUANTISED = re.compile(r"[-_.](?:bnb-)?(?:[48]-?bit|int[48]|nf4|awq|gptq)\b", re.IGNORECASE)
 
+_WITHOUT_TOKEN_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
 _NEUTRAL = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -161,6 +163,12 @@ class PeftConfig:
         """Last parts of the parameter names in `target_parameters`, each once."""
         named = self.fields.get("target_parameters") or []
         return list(dict.fromkeys(str(name).rpartition(".")[2] for name in named))
+
+    @property
+    def scores_tokens(self) -> bool:
+        """Whether the adapted model may have a head over tokens, as far as its task says."""
+        task = self.fields.get("task_type")
+        return getattr(task, "value", task) not in _WITHOUT_TOKEN_HEAD
 
     @property
     def fan_in_fan_out(self) -> bool:

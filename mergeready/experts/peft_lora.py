@@ -53,6 +53,10 @@ class PeftTaskVector(AdapterTaskVector):
         builder.config = config
         leaves = ("weight", "bias", *config.parameter_leaves)
         builder.match([*(f"{_plain(module)}.{leaf}" for module in modules for leaf in leaves), *copies])
+        if not config.scores_tokens:
+            builder.tied = (
+                frozenset()
+            )  # where the base has a head that shares its embeddings, the adapted model has not
         for module, keys in modules.items():
             builder.add_module(module, keys)
         for name, key in copies.items():

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from mergeready.errors import BaseMismatchError, FormatError, OptionError, UnsupportedError
 from mergeready.experts import Base, BaseIdentity
@@ -63,6 +64,35 @@ def test_which_embeddings_are_tied(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     )  # another model's configuration, which says nothing about this one
     clones = {name: tensor.clone() for name, tensor in tiny_bert().state_dict().items()}
     assert Base.open(clones).tied == set()
+
+
+SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "embedding_size": 16,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "tied"),
+    [
+        ("BertForMaskedLM", "bert.embeddings.word_embeddings.weight"),
+        ("BertForPreTraining", "bert.embeddings.word_embeddings.weight"),
+        ("T5ForConditionalGeneration", "shared.weight"),
+        ("BertModel", None),
+        ("BertForTokenClassification", None),
+        ("ElectraForPreTraining", None),
+    ],
+)
+def test_which_architectures_tie_their_embeddings(name: str, tied: str | None, tmp_path: Path) -> None:
+    """A change of the embeddings is one of the head as well, which folders do not hold apart."""
+    kind = getattr(transformers, name)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32} if name.startswith("T5") else {}
+    kind(kind.config_class(**SIZES | sizes)).save_pretrained(tmp_path)
+    assert Base.open(tmp_path).tied == ({tied} if tied else set())
 
 
 @pytest.mark.parametrize("config", ["", "[]", "{}", '{"architectures": null}', '{"text_config": null}'])

@@ -27,7 +27,14 @@ from peft import (
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    BertForMaskedLM,
+    BertModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from mergeready.errors import MismatchError, NotTrainedError, UnsupportedError
 from mergeready.experts import Base, Expert, LowRank, dense, open_expert
@@ -253,6 +260,24 @@ def test_tied_embeddings(tmp_path: Path) -> None:
     base, _ = saved(tiny_gpt2, tmp_path, config, save_embedding_layers=False)
     with pytest.raises(UnsupportedError, match="ties its embeddings"):
         open_expert(tmp_path, base)
+
+
+def test_tied_embeddings_of_a_model_without_the_head(tmp_path: Path) -> None:
+    """A classifier on the body of a masked language model, whose head it has not."""
+    config = LoraConfig(r=4, target_modules=["word_embeddings"], modules_to_save=["classifier"])
+    base, model = saved(tiny_bert, tmp_path / "adapter", config)
+    pretrained = BertForMaskedLM(base.config)
+    pretrained.bert.load_state_dict(base.bert.state_dict(), strict=False)
+    pretrained.save_pretrained(tmp_path / "base")
+    with pytest.raises(UnsupportedError, match="ties its embeddings"):
+        open_expert(tmp_path / "adapter", tmp_path / "base", strict=False)
+    edit(tmp_path / "adapter", task_type="SEQ_CLS")
+    merge(tmp_path / "base", [tmp_path / "adapter"], output=tmp_path / "out", strict=False)
+    merged = copy.deepcopy(base)
+    body = BertModel.from_pretrained(tmp_path / "out", add_pooling_layer=False)
+    merged.bert.load_state_dict(body.state_dict(), strict=False)
+    merged.classifier = model.base_model.model.classifier.modules_to_save["default"]
+    torch.testing.assert_close(logits(merged), logits(model), rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "lora_ga", "loftq"])
