@@ -55,6 +55,11 @@ def elementwise() -> list[str]:
     return [name for name, kind in kinds.items() if issubclass(kind, ElementwiseMethod) and not needs(kind)]
 
 
+def spectral() -> list[str]:
+    """Methods on whole matrices that decompose them; of these the goal says nothing."""
+    return ["tsv_m", "iso_c", "wudi"]
+
+
 def needs(kind: type[MergeMethod]) -> bool:
     """Whether a method has parameters without a default."""
     return any(f.default is MISSING and f.default_factory is MISSING for f in fields(kind))
@@ -92,7 +97,7 @@ def measure(root: Path, everything: bool, repeats: int) -> dict[str, Any]:
     peers = open_peers([root / f"peer-{index}" for index in range(PEERS)], live.base)
     model(ids[:BATCH], torch.ones_like(ids[:BATCH]))
     passes, methods = [seconds(evaluate)], {}
-    for name in elementwise():
+    for name in [*elementwise(), *spectral()]:
 
         def merge(method: str = name) -> None:
             with MergedInPlace(live, None, peers, method, scale=0.5):
@@ -117,7 +122,7 @@ def table(content: dict[str, Any]) -> str:
         "",
         f"CPU seconds of one `MergedInPlace` of MiniLM-L6 with {PEERS} peers, and their share of one evaluation pass "
         f"over {EXAMPLES} examples of {TOKENS} tokens. First includes what is remembered. Goal: ≤ {GOAL:.0%}, "
-        "of the first as of later ones.",
+        "of the first as of later ones, of methods that work element by element.",
     ]
     for world, cells in content["worlds"].items():
         lines += [
@@ -129,10 +134,10 @@ def table(content: dict[str, Any]) -> str:
         ]
         for name, cell in cells["methods"].items():
             share = cell["share"]
-            met = max(share.values()) <= GOAL
+            met = "" if name in spectral() else "yes" if max(share.values()) <= GOAL else "no"
             lines.append(
                 f"| {name} | {cell['first']['cpu']:.2f} | {cell['later']['cpu']:.2f} | {share['first']:.1%} "
-                f"| {share['later']:.1%} | {'yes' if met else 'no'} |"
+                f"| {share['later']:.1%} | {met} |"
             )
     return "\n".join(lines) + "\n"
 

@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from mergeready.experts.delta import Delta, Dense, LowRank, dense
+from mergeready.experts.svd import thin_svd
+
+Memory: TypeAlias = dict[tuple[Any, ...], Any]
+
+_REMEMBERED = ("singular triples", "elements remembered")
+_MOST_REMEMBERED = 2**24  # 128 MiB an expert
 
 
 @dataclass(frozen=True, eq=False)
 class Changes(Sequence[Tensor]):
-    """Weighted matrices ``wᵢ τᵢ`` in float64, made when they are asked for."""
+    """Weighted matrices ``wᵢ τᵢ`` in float64, made when they are asked for.
+
+    Attributes:
+        matrices: The τᵢ.
+        weights: The wᵢ.
+        memories: For each where to keep what is found out about its τᵢ, see ``TaskVector.memory``; none by default.
+        name: The parameter that they change; what is kept is kept under it.
+    """
 
     matrices: Sequence[Tensor]
     weights: Sequence[float]
+    memories: Sequence[Memory | None] = ()
+    name: str = ""
 
     @property
     def device(self) -> torch.device:
@@ -29,6 +46,29 @@ class Changes(Sequence[Tensor]):
     def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]  # slices are never taken
         # A new tensor in any case: results must not depend on how the given one lies in memory.
         return self.matrices[index].to(torch.float64, copy=True).contiguous().mul_(self.weights[index])
+
+    def triples(self, index: int, most: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The leading singular triples of one of them, see ``thin_svd``; found once where it never changes."""
+        memory = self.memories[index] if self.memories else None
+        key = ("singular triples", self.name, most)
+        if memory is not None and key in memory:
+            left, values, right = memory[key]
+        else:
+            matrix = self.matrices[index].to(torch.float64).contiguous()
+            left, values, right = thin_svd(matrix, most)
+            if memory is not None and _has_room(memory, left.numel() + right.numel()):
+                memory[key] = left.clone(), values.clone(), right.clone()  # not the parts of larger ones
+        factor = self.weights[index]
+        return left * math.copysign(1.0, factor), values * abs(factor), right
+
+
+def _has_room(memory: Memory, elements: int) -> bool:
+    """Whether so much more may be kept, within a bound for each task vector."""
+    elements += memory.get(_REMEMBERED, 0)
+    if elements > _MOST_REMEMBERED:
+        return False
+    memory[_REMEMBERED] = elements
+    return True
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,8 +90,18 @@ class Frame:
     slots: Sequence[int]
 
     @classmethod
-    def of(cls, deltas: Sequence[Delta | None], weights: Sequence[float]) -> Frame | None:
-        """The frame of one parameter; None where nothing changes it."""
+    def of(
+        cls,
+        deltas: Sequence[Delta | None],
+        weights: Sequence[float],
+        memories: Sequence[Memory | None] = (),
+        name: str = "",
+    ) -> Frame | None:
+        """The frame of one parameter; None where nothing changes it.
+
+        ``memories`` and ``name`` are those of :class:`Changes`, one for each delta; bases of low-rank deltas are joint,
+        so that nothing is kept about these.
+        """
         slots = [i for i, d in enumerate(deltas) if d is not None and weights[i] != 0 and changes_anything(d)]
         taking_part = [d for i, d in enumerate(deltas) if d is not None and i in slots]
         factors = [weights[i] for i in slots]
@@ -63,7 +113,8 @@ class Frame:
         small = [pair for pair in pairs if pair is not None]
         if len(small) < len(pairs) or sum(B.shape[1] for B, _ in small) >= min(shape):
             matrices = [as_matrix(d, where) for d in taking_part]
-            return cls(Changes(matrices, factors), shape, None, None, slots)
+            kept = [memories[slot] for slot in slots] if memories else ()
+            return cls(Changes(matrices, factors, kept, name), shape, None, None, slots)
         left, upper = torch.linalg.qr(torch.cat([B for B, _ in small], dim=1))
         right, lower = torch.linalg.qr(torch.cat([A for _, A in small], dim=0).T.contiguous())
         ranks = [B.shape[1] for B, _ in small]

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
+from mergeready.experts.frame import Changes
 from mergeready.experts.svd import thin_svd, total
 from mergeready.merging.registry import register
 from mergeready.merging.spectral import SpectralMethod
@@ -27,7 +27,7 @@ class IsoC(SpectralMethod):
 
     name: ClassVar[str] = "iso_c"
 
-    def merge_changes(self, changes: Sequence[Tensor], side: int) -> Tensor:
+    def merge_changes(self, changes: Changes, side: int) -> Tensor:
         left, values, right = thin_svd(total(changes))
         if not len(values):
             return left @ right

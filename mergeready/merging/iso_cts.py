@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from mergeready.experts.frame import Changes
 from mergeready.experts.svd import polar, thin_svd, total
 from mergeready.merging.registry import register, require_fraction
 from mergeready.merging.spectral import SpectralMethod
@@ -37,7 +37,7 @@ class IsoCts(SpectralMethod):
         super().__post_init__()
         require_fraction("common", self.common)
 
-    def merge_changes(self, changes: Sequence[Tensor], side: int) -> Tensor:
+    def merge_changes(self, changes: Changes, side: int) -> Tensor:
         left, values, right = thin_svd(total(changes))
         if not len(values):
             return left @ right

@@ -19,13 +19,15 @@ from mergeready.weights.source import CHUNK_ELEMENTS, TensorInfo
 class Place:
     """Which elements of which parameter a chunk holds: ``start`` to ``stop`` in row-major order.
 
-    ``joint`` is what :meth:`ElementwiseMethod.prepare_jointly` found about the whole parameter.
+    ``joint`` is what :meth:`ElementwiseMethod.prepare_jointly` found about the whole parameter; ``memories`` are the
+    task vectors' own, for matrix methods to keep what they found out about each.
     """
 
     name: str
     start: int
     stop: int
     joint: Any = None
+    memories: Sequence[dict[tuple[Any, ...], Any] | None] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,7 +71,8 @@ def _merged_matrix(
     span: tuple[int, int] | None,
 ) -> Iterator[tuple[int, int, Tensor]]:
     deltas = [vector.get(name) for vector in vectors]
-    flat = method.combine_matrices(deltas, weights, Place(name, 0, info.numel)).reshape(-1)
+    place = Place(name, 0, info.numel, memories=[vector.memory for vector in vectors])
+    flat = method.combine_matrices(deltas, weights, place).reshape(-1)
     for start, stop in chunk_ranges(info, span=span):
         yield start, stop, flat[start:stop]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mergeready.experts.delta import Delta
-from mergeready.experts.frame import Frame, all_finite, matrix_shape
+from mergeready.experts.frame import Changes, Frame, all_finite, matrix_shape
 from mergeready.merging.method import MatrixMethod, Place
 from mergeready.merging.registry import require_elementwise
 
@@ -33,7 +33,7 @@ class SpectralMethod(MatrixMethod):
         require_elementwise("rest", self.rest)
 
     @abstractmethod
-    def merge_changes(self, changes: Sequence[Tensor], side: int) -> Tensor:
+    def merge_changes(self, changes: Changes, side: int) -> Tensor:
         """Merge weighted deltas that are not zero.
 
         Args:
@@ -46,11 +46,14 @@ class SpectralMethod(MatrixMethod):
     ) -> Tensor:
         if not all_finite(deltas):
             return nothing(deltas, fill=float("nan"))
-        return self.merge_exactly(deltas, weights).float()
+        return self.merge_exactly(deltas, weights, place).float()
 
-    def merge_exactly(self, deltas: Sequence[Delta | None], weights: Sequence[float]) -> Tensor:
+    def merge_exactly(
+        self, deltas: Sequence[Delta | None], weights: Sequence[float], place: Place | None = None
+    ) -> Tensor:
         """The merged matrix in float64, of deltas without NaN and infinite values."""
-        frame = Frame.of(deltas, weights)
+        where = ((), "") if place is None else (place.memories, place.name)
+        frame = Frame.of(deltas, weights, *where)
         if frame is None:
             return nothing(deltas)
         return frame.restore(self.merge_changes(frame.changes, min(frame.shape)))

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from mergeready.experts.svd import polar, thin_svd
+from mergeready.experts.frame import Changes
+from mergeready.experts.svd import polar
 from mergeready.merging.registry import register
 from mergeready.merging.spectral import SpectralMethod
 
@@ -37,9 +37,9 @@ class TsvMerge(SpectralMethod):
 
     name: ClassVar[str] = "tsv_m"
 
-    def merge_changes(self, changes: Sequence[Tensor], side: int) -> Tensor:
+    def merge_changes(self, changes: Changes, side: int) -> Tensor:
         kept = max(1, side // len(changes))
-        triples = [thin_svd(change, kept) for change in changes]
+        triples = [changes.triples(index, kept) for index in range(len(changes))]
         left = torch.cat([U for U, _, _ in triples], dim=1)
         values = torch.cat([values for _, values, _ in triples])
         right = torch.cat([V for _, _, V in triples], dim=0)

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from mergeready.experts.frame import Changes
 from mergeready.merging.registry import register, require_fraction
 from mergeready.merging.spectral import SpectralMethod
 
@@ -43,7 +43,7 @@ class Wudi(SpectralMethod):
         super().__post_init__()
         require_fraction("ridge", self.ridge, zero=True)
 
-    def merge_changes(self, changes: Sequence[Tensor], side: int) -> Tensor:
+    def merge_changes(self, changes: Changes, side: int) -> Tensor:
         columns = changes[0].shape[1]
         gram = torch.zeros(columns, columns, dtype=torch.float64, device=changes[0].device)
         wanted = torch.zeros_like(changes[0])

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mergeready.experts import frame as module
 from mergeready.experts.delta import Delta, Dense, LowRank, Rows, dense
 from mergeready.experts.frame import Frame, all_finite, as_matrix, changes_anything, matrix_shape
+from mergeready.experts.svd import thin_svd
 from tests.merging.matrices import adapters
 
 
@@ -116,3 +120,43 @@ def test_float64_is_made_where_it_exists(monkeypatch: pytest.MonkeyPatch) -> Non
     assert frame is not None
     assert frame.left is None
     torch.testing.assert_close(frame.changes[0], exact_sum, rtol=1e-5, atol=1e-7)
+
+
+def test_triples_of_what_never_changes_are_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Tensor] = []
+    monkeypatch.setattr(
+        module, "thin_svd", lambda matrix, most: asked.append(matrix) or thin_svd(matrix, most)
+    )
+    deltas = [Dense(torch.randn(20, 30)), None, Dense(torch.randn(20, 30))]
+    memory: dict[Any, Any] = {}
+    found = []
+    for _ in range(2):
+        frame = Frame.of(deltas, [2.0, 1.0, -0.5], [None, None, memory], "layer.weight")
+        assert frame is not None
+        found.append([frame.changes.triples(index, 4) for index in range(2)])
+    assert len(asked) == 3, "the first one's twice, as it may have changed"
+    for index in range(2):
+        first, again = found[0][index], found[1][index]
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        left, values, right = first
+        wanted = thin_svd(frame.changes[index], 4)
+        torch.testing.assert_close((left * values) @ right, (wanted[0] * wanted[1]) @ wanted[2])
+        assert float(values.min()) > 0
+    frame.changes.triples(1, 5)
+    assert len(asked) == 4, "more of them were not found before"
+    other = Frame.of(deltas, [2.0, 1.0, -0.5], [None, None, memory], "other.weight")
+    assert other is not None
+    other.changes.triples(1, 4)
+    assert len(asked) == 5, "nor those of another parameter"
+
+
+def test_what_is_kept_about_triples_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory: dict[Any, Any] = {}
+    monkeypatch.setattr(module, "_MOST_REMEMBERED", 250)  # 4 · (20 + 30) each
+    for name in ("first", "second"):
+        frame = Frame.of([Dense(torch.randn(20, 30))], [1.0], [memory], name)
+        assert frame is not None
+        frame.changes.triples(0, 4)
+    assert [key[1] for key in memory if key[0] == "singular triples" and len(key) == 3] == ["first"]
+    (kept,) = (value for key, value in memory.items() if len(key) == 3)
+    assert sum(part.untyped_storage().nbytes() for part in kept) == 8 * 4 * (20 + 30 + 1)

@@ -114,6 +114,19 @@ def test_what_was_prepared_is_remembered_for_experts_that_do_not_change() -> Non
     assert Counted.prepared_for.count(("expert 0", 1)) == 1
 
 
+@pytest.mark.parametrize("name", ["tsv_m", "iso_c", "iso_cts", "wudi", "knots", "svc"])
+def test_spectral_merges_are_the_same_bits_with_what_is_remembered(name: str) -> None:
+    made = vectors([torch.randn(20, 30) for _ in range(3)])
+    method, weights = make_method(name), [1.0, 0.5, -2.0]
+    wanted = merged_delta(method, NAME, info(20, 30), made, weights)
+    assert wanted is not None
+    made[1].memory, made[2].memory = {}, {}
+    for _ in range(2):
+        again = merged_delta(method, NAME, info(20, 30), made, weights)
+        assert again is not None
+        assert torch.equal(again, wanted)
+
+
 def test_memory_belongs_to_a_method_with_its_parameters() -> None:
     (vector,) = vectors([torch.tensor([1.0, 2.0, 3.0, 4.0])])
     vector.memory = {}
