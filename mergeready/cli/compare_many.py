@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from mergeready.cli.compare_tables import number
 from mergeready.errors import OptionError, UnsupportedError, listing
 
 if TYPE_CHECKING:
@@ -30,7 +31,9 @@ def find(experts: Sequence[str], wanted: str) -> int:
         OptionError: If none is.
     """
     if wanted not in experts:
-        raise OptionError(f"`--partners-of` must be one of the experts, not {wanted}.")
+        raise OptionError(
+            f"`--partners-of` must be one of the experts as given, {listing(experts)}, not {wanted}."
+        )
     return list(experts).index(wanted)
 
 
@@ -81,14 +84,15 @@ def print_summary(screen: Console, pairs: AllPairs) -> None:
     for column in ("", "experts", "which"):
         table.add_column(column, justify="left" if column == "which" else "right", overflow="fold")
     found = [members for members in groups(pairs.cosine).members() if len(members) > 1]
-    for number, members in enumerate(found[:_LONGEST_LIST], start=1):
+    for group, members in enumerate(found[:_LONGEST_LIST], start=1):
         shown = ", ".join(escape(labels[i]) for i in members[:_LONGEST_LIST])
         more = f", and {len(members) - _LONGEST_LIST} more" if len(members) > _LONGEST_LIST else ""
-        table.add_row(str(number), str(len(members)), shown + more)
+        table.add_row(str(group), str(len(members)), shown + more)
     alone = len(labels) - sum(len(members) for members in found)
     if found:
         screen.print(table)
-    screen.print(f"{alone} experts are similar to no other.", highlight=False)
+    alike = "1 expert is" if alone == 1 else f"{alone} experts are"
+    screen.print(f"{alike} similar to no other.", highlight=False)
     table = Table(title="Pairs that oppose each other most", title_justify="left")
     for column in ("expert", "expert", "cosine", "sign conflict"):
         table.add_column(column, justify="left" if column == "expert" else "right", overflow="fold")
@@ -99,8 +103,8 @@ def print_summary(screen: Console, pairs: AllPairs) -> None:
         table.add_row(
             escape(labels[i]),
             escape(labels[j]),
-            f"{pairs.cosine[i, j]:.3f}",
-            f"{pairs.sign_conflict[i, j]:.3f}",
+            number(pairs.cosine[i, j]),
+            number(pairs.sign_conflict[i, j]),
         )
     screen.print(table)
 
@@ -116,7 +120,7 @@ def print_partners(screen: Console, pairs: AllPairs, chosen: int, count: int) ->
         table.add_column(column, justify="left" if column == "expert" else "right", overflow="fold")
     for other in most_compatible(pairs.sign_conflict, pairs.cosine, chosen, count):
         cosine, conflict = pairs.cosine[chosen, other], pairs.sign_conflict[chosen, other]
-        table.add_row(escape(labels[other]), f"{cosine:.3f}", f"{conflict:.3f}")
+        table.add_row(escape(labels[other]), number(cosine), number(conflict))
     screen.print(table)
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from mergeready.cli.app import open_all
+from mergeready.cli.compare_tables import print_matrix
 from mergeready.errors import OptionError, listing
 
 if TYPE_CHECKING:
@@ -54,16 +55,12 @@ def print_subspaces(screen: Console, found: SubspaceComparison) -> None:
     for index, (label, alignment, stable, effective) in enumerate(columns, 1):
         table.add_row(str(index), label, f"{alignment:.3f}", f"{stable:.1f}", f"{effective:.1f}")
     screen.print(table)
-    overlap = Table(
-        title=f"Overlap of leading inputs ({found.overlap_by_chance:.3f} by chance)", title_justify="left"
+    print_matrix(
+        screen,
+        f"Overlap of leading inputs ({found.overlap_by_chance:.3f} by chance)",
+        found.labels,
+        found.overlap,
     )
-    overlap.add_column("expert", overflow="fold")
-    for index in range(len(labels)):
-        overlap.add_column(str(index + 1), justify="right")
-    for index, label in enumerate(labels):
-        cells = ["" if other == index else f"{value:.3f}" for other, value in enumerate(found.overlap[index])]
-        overlap.add_row(f"{index + 1} {label}", *cells)
-    screen.print(overlap)
     screen.print(
         f"Means over {found.matrices} matrices. Singular task interference of leading directions "
         f"{found.interference:.3f} of their singular values; the sum does {found.times_over:.2f} times over what the "

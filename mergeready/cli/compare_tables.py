@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -43,7 +45,9 @@ def print_comparison(screen: Console, comparison: Comparison) -> None:
     _print_pairs(screen, comparison)
     screen.print(
         f"Norm ratio {comparison.norm_ratio:.2f}. Sign conflict of all together {comparison.conflict_of_all:.3f}, "
-        f"{comparison.conflict_normalised:.2f} of what chance gives.",
+        f"{comparison.conflict_normalised:.2f} times that of chance."
+        if math.isfinite(comparison.norm_ratio)
+        else "An expert equals its base: it has no direction to compare.",
         highlight=False,
     )
 
@@ -62,14 +66,41 @@ def _print_sizes(screen: Console, comparison: Pairs, columns: Mapping[str, Seque
 
 
 def _print_pairs(screen: Console, comparison: Pairs) -> None:
+    print_matrix(screen, "Cosine", comparison.labels, comparison.cosine)
+    print_matrix(screen, "Sign conflict (0.5 by chance)", comparison.labels, comparison.sign_conflict)
+
+
+def print_matrix(
+    screen: Console, title: str, labels: Sequence[str], values: Sequence[Sequence[float]]
+) -> None:
+    """A number for every pair of different experts, never cut off.
+
+    Rows go by number alone where names leave no room for the numbers, and columns that do not fit stand below.
+    """
     from mergeready.metrics.labels import short_labels
 
-    for title, matrix in (("Cosine", comparison.cosine), ("Sign conflict", comparison.sign_conflict)):
-        table = Table(title=f"{title} (0.5 by chance)" if title != "Cosine" else title, title_justify="left")
-        table.add_column("expert", overflow="fold")
-        for index in range(len(comparison.labels)):
-            table.add_column(str(index + 1), justify="right")
-        for index, label in enumerate(short_labels(comparison.labels)):
-            cells = ["" if other == index else f"{value:z.3f}" for other, value in enumerate(matrix[index])]
-            table.add_row(f"{index + 1} {escape(label)}", *cells)
+    cells = [["" if i == j else number(value) for j, value in enumerate(row)] for i, row in enumerate(values)]
+    width = max(len(cell) for row in cells for cell in row) + 3  # two spaces and a line
+    heads = [f"{index} {label}" for index, label in enumerate(short_labels(labels), 1)]
+    if max(map(cell_len, heads)) + 4 + width * len(heads) > screen.width:
+        heads = [str(index) for index in range(1, len(heads) + 1)]
+    room = max((screen.width - 4 - max(len("expert"), *map(cell_len, heads))) // width, 1)
+    screen.print(title, style="italic", highlight=False)
+    for first in range(0, len(heads), room):
+        columns = range(first, min(first + room, len(heads)))
+        table = Table()
+        table.add_column("expert", no_wrap=True)
+        for index in columns:
+            table.add_column(str(index + 1), justify="right", no_wrap=True, min_width=width - 3)
+        for head, row in zip(heads, cells, strict=True):
+            table.add_row(escape(head), *(row[index] for index in columns))
         screen.print(table)
+
+
+def number(value: float) -> str:
+    """Three decimals; a dash for what is not known, as for an expert that equals its base.
+
+    >>> number(-0.0001), number(0.25), number(float("nan"))
+    ('0.000', '0.250', '–')
+    """
+    return f"{value:z.3f}" if math.isfinite(value) else "–"

@@ -33,6 +33,7 @@ def _print_inspection(screen: Console, expert: Expert, found: Inspection) -> Non
         "weights": "plausible from the weights",
         "nothing": "not checked: an adapter without a record",
     }
+    changed = found.norm > 0
     facts = Table(title=escape(expert.label), title_justify="left", show_header=False)
     facts.add_column(no_wrap=True)
     facts.add_column(overflow="fold")
@@ -40,8 +41,9 @@ def _print_inspection(screen: Console, expert: Expert, found: Inspection) -> Non
     facts.add_row("base", checked[expert.base_checked])
     facts.add_row("norm", f"{found.norm:.4g} ({found.relative_norm:.2%} of the base)")
     facts.add_row("unchanged entries", f"{found.sparsity:.1%}")
-    facts.add_row("mass in top 1 %", f"{found.top_mass:.1%}")
-    facts.add_row("rank", f"at most {found.rank}; stable rank {found.stable_rank:.1f} on average")
+    facts.add_row("mass in top 1%", f"{found.top_mass:.1%}" if changed else "–")
+    ranks = f"at most {found.rank}; stable rank {found.stable_rank:.1f} on average"
+    facts.add_row("rank", ranks if changed else "–: it equals its base")
     if expert.extra:
         facts.add_row("not in the base", escape(", ".join(expert.extra)))
     for note in expert.notes:
@@ -55,6 +57,6 @@ def _print_inspection(screen: Console, expert: Expert, found: Inspection) -> Non
         largest = max(values.values(), default=0.0)
         for name, value in sorted(values.items()) if title == "layer" else values.items():
             bar = "█" * round(30 * value / largest) if largest else ""
-            table.add_row(escape(str(name)), f"{value:.4g}", bar)
+            table.add_row(escape(str(name)), f"{value:#.4g}" if value else "0", bar)
         if values:
             screen.print(table)

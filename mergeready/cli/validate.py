@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -16,7 +17,7 @@ from mergeready.errors import MergeReadyError, OptionError
 if TYPE_CHECKING:
     from mergeready.validation import Report
 
-_COLOURS = {"passed": "green", "failed": "red", "not checked": "yellow"}
+_COLOURS = {"passed": "green", "error": "red", "warning": "yellow", "info": "cyan", "not checked": "dim"}
 _COULD_NOT_RUN = 2
 
 
@@ -102,8 +103,10 @@ def validate(
         elif output is not None:
             with new_file(output) as temporary:
                 temporary.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+        if output is not None:
+            _say_written(output)
         if card:
-            write_card(expert, report, base=base)
+            _say_written(write_card(expert, report, base=base))
         if push is not None:
             made = None if base is None else fingerprint_of(expert, base)
             address = push_report(
@@ -132,6 +135,10 @@ def _require_used(
         raise OptionError("--private is about the repository of --push, which is missing.")
 
 
+def _say_written(path: Path) -> None:
+    console().print(f"Wrote {escape(str(path))}", highlight=False, soft_wrap=True)
+
+
 def _print_report(screen: Console, report: Report) -> None:
     from rich.table import Table
 
@@ -143,12 +150,21 @@ def _print_report(screen: Console, report: Report) -> None:
         message = f"{escape(verdict.title)}: {escape(verdict.message)}"
         if verdict.fix:
             message += f"\n[bold]fix:[/] {escape(verdict.fix)}"
-        status = f"[{_COLOURS[verdict.status]}]{verdict.status}{severity}[/]"
+        colour = _COLOURS[verdict.severity if severity else verdict.status]
+        status = f"[{colour}]{verdict.status}{severity}[/]"
         table.add_row(verdict.id, verdict.level, status, message)
     screen.print(table, highlight=False)
     screen.print(_summary(report), highlight=False)
 
 
 def _summary(report: Report) -> str:
-    counts = {status: sum(v.status == status for v in report.verdicts) for status in _COLOURS}
-    return f"{', '.join(f'{count} {status}' for status, count in counts.items())}. {report.headline}"
+    """How many passed, failed, by severity, and were not checked."""
+    counts = Counter(verdict.status for verdict in report.verdicts)
+    failures = Counter(v.severity for v in report.verdicts if v.status == "failed")
+    by_severity = ", ".join(
+        f"{failures[s]} {s}{'s' if failures[s] > 1 and s != 'info' else ''}"
+        for s in ("error", "warning", "info")
+        if failures[s]
+    )
+    failed = f"{counts['failed']} failed" + (f" ({by_severity})" if by_severity else "")
+    return f"{counts['passed']} passed, {failed}, {counts['not checked']} not checked. {report.headline}"

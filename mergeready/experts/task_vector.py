@@ -141,6 +141,6 @@ def require_finite(label: str, sums: Mapping[str, float]) -> None:
     broken = [name for name, value in sums.items() if not value < float("inf")]
     if broken:
         raise NonFiniteError(
-            f"{label} holds NaN or infinite values in {len(broken)} parameters: {listing(broken)}. "
+            f"{label} holds NaN or infinite values in {listing(broken)}. "
             "Its training diverged or its file is damaged; use an earlier checkpoint."
         )

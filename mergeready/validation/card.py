@@ -80,7 +80,7 @@ def section(report: Report) -> str:
             )
     left = [v for v in report.verdicts if v.status == "not checked"]
     if left:
-        lines += ["", f"Not checked: {', '.join(v.title for v in left)}."]
+        lines += ["", f"Not checked: {'; '.join(v.title for v in left)}."]
     versions = report.facts.get("versions") or {}
     lines += [
         "",

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+from rich.filesize import decimal
 
 from mergeready.errors import MergeReadyError, UnsupportedError, listing
 from mergeready.experts.adapter_folder import AdapterFormat
@@ -58,8 +59,8 @@ def readable(subject: Subject, limits: Limits) -> Result:
         return failed(
             "nothing says what its tensors are: no config.json, adapter_config.json or mergeready.json"
         )
-    size = sum(info.nbytes for info in infos.values()) / 1e6
-    return passed(f"{kind or 'full model'}, {len(infos)} tensors, {size:,.1f} MB")
+    size = decimal(sum(info.nbytes for info in infos.values()))
+    return passed(f"{kind or 'full model'}, {len(infos)} tensors, {size}")
 
 
 @check(

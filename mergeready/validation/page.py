@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -36,6 +37,7 @@ def write_page(path: str | Path, report: Report, history: History | None = None)
     from jinja2 import Environment
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["code"] = _code
     source = (files("mergeready.validation") / "templates" / "page.html").read_text(encoding="utf-8")
     html = environment.from_string(source).render(**_content(report, history))
     with new_file(Path(path)) as temporary:
@@ -51,6 +53,7 @@ def _content(report: Report, history: History | None) -> dict[str, Any]:
         "headline": report.headline,
         "ready": report.is_merge_ready,
         "counts": counts,
+        "errors": report.failures("error"),
         "signs": _SIGNS,
         "levels": [
             (_LEVEL_TITLES[level], [v for v in report.verdicts if v.level == level])
@@ -60,6 +63,13 @@ def _content(report: Report, history: History | None) -> dict[str, Any]:
         "figures": [(title, to_svg(draw, f"figure{i}")) for i, (title, draw) in enumerate(drawn)],
         "facts": _rows(report.facts),
     }
+
+
+def _code(text: str) -> Any:
+    """Text with what stands between backticks as code."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))  # noqa: S704 - escaped before
 
 
 def _rows(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

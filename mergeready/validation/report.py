@@ -59,7 +59,9 @@ class Report:
         """The whole report in one sentence, which claims nothing that was not checked."""
         unchecked = [level for level in LEVELS if level not in self.levels_checked]
         if unchecked:
-            return f"Not a verdict on merging: nothing was checked on the level of {' and '.join(unchecked)}."
+            *before, last = unchecked
+            levels = f"levels of {', '.join(before)} and {last}" if before else f"level of {last}"
+            return f"Not a verdict on merging: nothing was checked on the {levels}."
         wrong = [verdict.id for verdict in self.failures("error")]
         return (
             f"Not merge-ready: {', '.join(wrong)} failed."

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from mergeready.validation.thresholds import read_thresholds
 from mergeready.weights.open import WeightsLike
 
 _LIBRARIES = ("mergeready", "torch", "safetensors")
+_COULD_NOT_RUN = "could not run: "
 
 
 def validate(
@@ -58,7 +60,7 @@ def validate(
     return Report(
         expert=str(expert),
         level=level,
-        verdicts=verdicts,
+        verdicts=_each_reason_once(verdicts),
         facts=_facts(subject),
         pairs=_pairs(subject, level),
     )
@@ -77,7 +79,7 @@ def run_check(chosen: Check, subject: Subject, limits: Limits) -> Verdict:
     except NotCheckedError as reason:
         return Verdict(**about, status="not checked", message=str(reason))
     except (MergeReadyError, OSError) as error:
-        return Verdict(**about, status="not checked", message=f"could not run: {error}")
+        return Verdict(**about, status="not checked", message=f"{_COULD_NOT_RUN}{error}")
     about["severity"] = found.severity or chosen.severity
     return Verdict(
         **about,
@@ -88,6 +90,18 @@ def run_check(chosen: Check, subject: Subject, limits: Limits) -> Verdict:
         threshold=found.threshold,
         where=found.where,
     )
+
+
+def _each_reason_once(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """One damaged file keeps many checks from running: the first says why, the others refer to it."""
+    first: dict[str, str] = {}
+    shortened = []
+    for verdict in verdicts:
+        reason = verdict.message.removeprefix(_COULD_NOT_RUN)
+        told = first.setdefault(reason, verdict.id)
+        is_repeated = verdict.message.startswith(_COULD_NOT_RUN) and told != verdict.id
+        shortened.append(replace(verdict, message=f"{_COULD_NOT_RUN}see {told}") if is_repeated else verdict)
+    return shortened
 
 
 def _pairs(subject: Subject, level: Level) -> EstimatedComparison | None:

@@ -38,7 +38,7 @@ def test_estimates_say_how_exact_they_are(here: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (["--partners-of", "x"], OptionError, "must be one of the experts, not x"),
+        (["--partners-of", "x"], OptionError, "must be one of the experts as given, law, adapter, not x"),
         (
             ["-o", "a.xls", "-o", "b.png", "-o", "c"],
             OptionError,

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
+import numpy as np
 import pytest
+from rich.console import Console
 
+from mergeready.cli.compare_tables import print_matrix
 from mergeready.experts import Base, open_expert
 from mergeready.metrics.compare import compare_vectors
 from tests.cli.commands import Main, numbers, succeed
@@ -28,6 +32,24 @@ class TestCompare:
         assert f"Norm ratio {exact.norm_ratio:.2f}." in last
         assert f"Sign conflict of all together {exact.conflict_of_all:.3f}" in last
         assert "These are diagnostics: they predict merged quality badly." in last
+
+    def test_numbers_are_whole_on_a_narrow_terminal(self) -> None:
+        rng = np.random.default_rng(0)
+        values = rng.uniform(-1, 1, (14, 14))
+        screen = Console(width=80, record=True, file=io.StringIO())
+        print_matrix(
+            screen, "Cosine", [f"org/some-long-name-of-an-expert-{i}" for i in range(14)], values.tolist()
+        )
+        text = screen.export_text()
+        assert max(map(len, text.splitlines())) <= 80
+        assert sorted(numbers(text)) == sorted(
+            float(f"{values[i, j]:z.3f}") for i in range(14) for j in range(14) if i != j
+        )
+
+    def test_an_expert_that_equals_its_base_has_no_direction(self, here: Path) -> None:
+        text = succeed("compare", "base", "base", "law")
+        assert "nan" not in text
+        assert "An expert equals its base" in text
 
     @pytest.mark.parametrize("suffix", [".png", ".svg"])
     def test_heatmaps(self, suffix: str, here: Path, tmp_path: Path) -> None:

@@ -27,10 +27,10 @@ class TestInspect:
         assert facts["base"] == checked
         assert facts["norm"] == f"{exact.norm:.4g} ({exact.relative_norm:.2%} of the base)"
         assert facts["unchanged entries"] == f"{exact.sparsity:.1%}"
-        assert facts["mass in top 1 %"] == f"{exact.top_mass:.1%}"
+        assert facts["mass in top 1%"] == f"{exact.top_mass:.1%}"
         assert facts["rank"] == f"at most {exact.rank}; stable rank {exact.stable_rank:.1f} on average"
         for name, value in {**exact.groups, **exact.layers}.items():
-            assert [str(name), f"{value:.4g}"] in rows
+            assert [str(name), f"{value:#.4g}"] in rows
 
     def test_a_recorded_base_is_verified(self, here: Path, tmp_path: Path) -> None:
         succeed("merge", "base", "law", "-o", tmp_path / "out")

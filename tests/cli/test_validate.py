@@ -20,7 +20,8 @@ def law(tmp_path: Path) -> Path:
 def test_a_healthy_expert(law: Path, tmp_path: Path) -> None:
     done = run("validate", law, "--base", tmp_path / "base", "-o", tmp_path / "report.json")
     assert done.exit_code == 0, done.output
-    assert "1 failed" in done.stdout
+    assert "1 failed (1 info)" in done.stdout
+    assert f"Wrote {tmp_path / 'report.json'}" in done.stdout
     assert "Not a verdict on merging" in done.stdout
     assert json.loads((tmp_path / "report.json").read_text())["schema"] == 1
 

@@ -125,5 +125,5 @@ def test_squared_norms_over_several_chunks() -> None:
 def test_all_parameters_that_are_not_finite_are_listed(bad: float) -> None:
     values = {name: torch.ones(5) for name in ("a", "b", "c")}
     values["a"][3] = values["c"][0] = bad
-    with pytest.raises(NonFiniteError, match="expert holds NaN or infinite values in 2 parameters: a, c"):
+    with pytest.raises(NonFiniteError, match="expert holds NaN or infinite values in a, c"):
         squared_norms(in_memory(**values))

@@ -73,5 +73,5 @@ def test_nothing_changed() -> None:
 def test_nan_is_named() -> None:
     bad = torch.ones(3, 3)
     bad[1, 1] = math.nan
-    with pytest.raises(NonFiniteError, match="the expert holds NaN or infinite values in 1 parameters: a"):
+    with pytest.raises(NonFiniteError, match="the expert holds NaN or infinite values in a"):
         inspect_vector(vector(a=Dense(bad)), base_of({"a": bad}))

@@ -41,6 +41,7 @@ def test_a_healthy_adapter(base: Path, tmp_path: Path) -> None:
     assert failed(report) == {"P503"}  # an adapter that was not trained with us has no record
     assert statuses(report)["B102"] == "not checked"
     assert report.exit_code() == 0
+    assert report.headline.endswith("on the levels of behaviour and composition.")
     assert report.facts["format"] == "peft"
 
 
@@ -84,6 +85,16 @@ def test_severities_and_exit_codes(base: Path, tmp_path: Path) -> None:
     report = validate(law, base, level="base")
     assert failed(report) == {"P501", "P503"}
     assert [report.exit_code(s) for s in ("error", "warning", "info")] == [0, 1, 1]
+
+
+def test_the_reason_of_many_checks_is_told_once(base: Path, tmp_path: Path) -> None:
+    law = write_full(tmp_path / "law")
+    weights = law / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    messages = {verdict.id: verdict.message for verdict in validate(law, base, level="base").verdicts}
+    assert sum("not a complete safetensors file" in message for message in messages.values()) == 1
+    assert "not a complete safetensors file" in messages["F001"]
+    assert messages["D200"] == "could not run: see F001"
 
 
 def test_thresholds_of_ones_own(base: Path, tmp_path: Path) -> None:
