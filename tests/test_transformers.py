@@ -421,6 +421,19 @@ def test_adding_the_callback_later(world: Path) -> None:
     assert callback.history.probes
 
 
+def test_a_callback_serves_one_trainer_after_the_other(world: Path) -> None:
+    """As in a cross-validation; the first Trainer may still be there."""
+    callback = MergeReadyCallback(peers=peers(world), probe=Probe(schedule=OFTEN))
+    trainers = []
+    for name in ("first", "second"):
+        trainers.append(make_trainer(world / name, callback, model=load(world)))
+        trainers[-1].train()
+        assert callback.monitor.live.model is trainers[-1].model
+        assert (world / name / "mergeready/summary.json").exists()
+    logged = [sum("mergeready/expert" in entry for entry in t.state.log_history) for t in trainers]
+    assert logged[0] == logged[1] > 0
+
+
 class TestBadInput:
     def run(self, world: Path, callback: MergeReadyCallback, **changes: Any) -> None:
         model = load(world)

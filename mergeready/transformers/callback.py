@@ -88,10 +88,10 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
     def on_init_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         # Before the Trainer makes its data loaders.
         if self.monitor.difficulty is not None:
-            carry_ids(self._find_trainer())
+            carry_ids(self._look_for_trainer())
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        trainer = self._find_trainer()
+        trainer = self._look_for_trainer()
         self._require_order(args, trainer)
         self.monitor = Monitor(**self._options)
         _require_own_end(args, self.monitor.techniques)
@@ -211,12 +211,17 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         if outcome.decision.stop:
             control.should_training_stop = control.should_save = True
 
-    def _find_trainer(self) -> Trainer:
-        trainer = self._trainer() if self._trainer is not None else None
+    def _look_for_trainer(self) -> Trainer:
+        """The Trainer whose event this is, which may be another one than before; else that of ``attach``."""
+        trainer = calling_trainer(self) or (None if self._trainer is None else self._trainer())
         if trainer is None:
-            trainer = calling_trainer(self)
-            self._trainer = weakref.ref(trainer)
+            raise OptionError("the Trainer of this callback cannot be found; call `callback.attach(trainer)`.")
+        self._trainer = weakref.ref(trainer)
         return trainer
+
+    def _find_trainer(self) -> Trainer:
+        trainer = None if self._trainer is None else self._trainer()
+        return self._look_for_trainer() if trainer is None else trainer
 
     def _require_order(self, args: Any, trainer: Trainer) -> None:
         callbacks = trainer.callback_handler.callbacks

@@ -4,11 +4,9 @@ import sys
 
 from transformers import Trainer, TrainerCallback
 
-from mergeready.errors import OptionError
 
-
-def calling_trainer(callback: TrainerCallback) -> Trainer:
-    """The Trainer whose event is being handled.
+def calling_trainer(callback: TrainerCallback) -> Trainer | None:
+    """The Trainer whose event is being handled; None where it hides itself.
 
     Trainer hands its callbacks everything but itself, while logging and evaluation need it. It is a few frames
     up the stack, since an event is a plain chain of method calls.
@@ -19,4 +17,4 @@ def calling_trainer(callback: TrainerCallback) -> Trainer:
         if isinstance(candidate, Trainer) and callback in candidate.callback_handler.callbacks:
             return candidate
         frame = frame.f_back  # type: ignore[assignment]
-    raise OptionError("the Trainer of this callback cannot be found; call `callback.attach(trainer)`.")
+    return None
