@@ -273,6 +273,14 @@ def same_run(
     return trainer, callback
 
 
+class StopAfter(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = state.global_step >= self.step
+
+
 class Kill(TrainerCallback):
     def __init__(self, at: int) -> None:
         self.at = at
@@ -411,6 +419,44 @@ def test_the_best_model_is_loaded_before_training_ends_and_stays(world: Path) ->
     best = BertForSequenceClassification.from_pretrained(trainer.state.best_model_checkpoint)
     assert equal(weights_of(best), weights_of(trainer.model))
     assert callback.history[-1].step == 12
+
+
+BY_MERGED: dict[str, Any] = {
+    "learning_rate": 3e-3,
+    "eval_strategy": "steps",
+    "save_strategy": "steps",
+    "eval_steps": 4,
+    "save_steps": 4,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "mergeready/merged/ties",
+    "greater_is_better": True,
+}
+
+
+def test_an_evaluation_after_training_is_not_taken_for_the_last_step_s(world: Path) -> None:
+    """The best model has been loaded by then."""
+    probe = Probe(merge="ties", scales=(0.5,), max_evaluations=1, schedule=Schedule(first=100))
+    callback = MergeReadyCallback(peers=peers(world), probe=probe)
+    trainer = make_trainer(world / "run", callback, model=load(world), **BY_MERGED, max_steps=10)
+    trainer.add_callback(StopAfter(9))
+    trainer.train()
+    records, summary = list(callback.history), (world / "run/mergeready/summary.json").read_text()
+    files = sorted((world / "run/mergeready").rglob("*"))
+    metrics = trainer.evaluate()
+    assert trainer.state.global_step == 9
+    assert not [name for name in metrics if "mergeready" in name]
+    assert list(callback.history) == records
+    assert sorted((world / "run/mergeready").rglob("*")) == files
+    assert (world / "run/mergeready/summary.json").read_text() == summary
+
+
+def test_an_evaluation_before_the_first_step_is_no_probe(world: Path) -> None:
+    """There is no expert yet, and nothing to pick."""
+    callback = MergeReadyCallback(peers=peers(world), probe=Probe(merge="ties", schedule=Schedule(every=4)))
+    make_trainer(
+        world / "run", callback, model=load(world), **BY_MERGED, max_steps=4, eval_on_start=True
+    ).train()
+    assert callback.history.probes[0].step == 1
 
 
 def test_adding_the_callback_later(world: Path) -> None:

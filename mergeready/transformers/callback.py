@@ -70,6 +70,7 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         self._trainer: weakref.ref[Trainer] | None = None
         self._entry: dict[str, Any] = {"attributes": {}}
         self._own_step: Any = None  # the Trainer's, while techniques stand around it
+        self._state: Any = None  # the Trainer's, while it trains
 
     @property
     def history(self) -> History:
@@ -111,6 +112,7 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         )
         # The Trainer writes this dictionary into each checkpoint; its history is a list that grows in place.
         self._entry = entry
+        self._state = state
         entry["attributes"] = self.monitor.state_dict()
         if self.monitor.techniques:
             self._steer(trainer)
@@ -129,9 +131,11 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **_: Any
     ) -> None:
+        if state is not self._state:
+            return  # not while training: the model may be another step's, as after loading the best one
         # Whether the Trainer saves may depend on this evaluation.
-        self._before_saving(self.monitor.started)
-        if metrics is None or not _drives_best_model(args) or not self.monitor.started:
+        self._before_saving(True)
+        if metrics is None or not _drives_best_model(args) or not state.global_step:
             return
         self._report(self.monitor.probe_now(state.global_step), control)
         # The Trainer reads the best metric from this very dictionary after the event.
@@ -162,6 +166,7 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._release(self._find_trainer())
+        self._state = None
         self.monitor.finish()
 
     def _before_saving(self, due: bool) -> None:
