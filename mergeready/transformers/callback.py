@@ -247,7 +247,9 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
     def _evaluation(self, trainer: Trainer) -> Evaluate | None:
         if trainer.eval_dataset is None or isinstance(trainer.eval_dataset, dict):
             return None
-        return lambda model: evaluate_with(trainer)
+        probe = self.monitor.probe
+        wanted = None if probe is None else probe.metric
+        return lambda model: evaluate_with(trainer, wanted)
 
 
 def _require_own_end(args: Any, techniques: TechniqueSet) -> None:

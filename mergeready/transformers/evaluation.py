@@ -9,8 +9,14 @@ from transformers import ProgressCallback, Trainer
 from mergeready.merging.evaluation import Values
 
 
-def evaluate_with(trainer: Trainer) -> Mapping[str, Values]:
-    """The Trainer's evaluation without its events and logging, and one metric of it if the choice is clear."""
+def evaluate_with(trainer: Trainer, metric: str | None = None) -> Mapping[str, Values]:
+    """The Trainer's evaluation without its events and logging, and one metric of it if the choice is clear.
+
+    Args:
+        trainer: The Trainer.
+        metric: The metric that is wanted; by default the one that chooses its best model, or the only one beside the
+            loss.
+    """
     # `evaluate` would fire on_evaluate again and log the merged model as if it were the expert.
     output = trainer.evaluation_loop(
         trainer.get_eval_dataloader(),
@@ -25,11 +31,11 @@ def evaluate_with(trainer: Trainer) -> Mapping[str, Values]:
         return {"loss": []}
     metrics = {name.removeprefix("eval_"): value for name, value in (output.metrics or {}).items()}
     metrics.pop("model_preparation_time", None)
-    wanted = (trainer.args.metric_for_best_model or "").removeprefix("eval_")
+    wanted = metric or (trainer.args.metric_for_best_model or "").removeprefix("eval_")
     others = [name for name in metrics if name != "loss"]
     if wanted in metrics:
         metrics = {wanted: metrics[wanted]}
-    elif len(others) <= 1:
+    elif metric is None and len(others) <= 1:
         metrics = {name: metrics[name] for name in others or ["loss"]}
     return {name: _by_example(value, output) for name, value in metrics.items()}
 
