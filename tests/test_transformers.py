@@ -421,21 +421,6 @@ def test_the_best_model_is_loaded_before_training_ends_and_stays(world: Path) ->
     assert callback.history[-1].step == 12
 
 
-@pytest.mark.parametrize(
-    ("metric", "best"), [("loss", None), ("loss", "accuracy"), ("accuracy", "loss"), (None, "loss")]
-)
-def test_the_probe_s_metric_is_its_own(world: Path, metric: str | None, best: str | None) -> None:
-    """Whatever chooses the Trainer's best model."""
-    callback = MergeReadyCallback(peers=peers(world), probe=Probe(metric=metric, schedule=OFTEN))
-    changes = {} if best is None else BY_MERGED | {"metric_for_best_model": best, "greater_is_better": None}
-    trainer = make_trainer(world / "run", callback, model=load(world), **changes | {"max_steps": 4})
-    trainer.train()
-    assert callback.history.start is not None
-    assert callback.history.start.metric == (metric or best)
-    losses = callback.history.start.metric == "loss"
-    assert (callback.history.probes[0].expert.n is None) == losses
-
-
 BY_MERGED: dict[str, Any] = {
     "learning_rate": 3e-3,
     "eval_strategy": "steps",

@@ -150,6 +150,32 @@ def test_the_callback_watches_and_leaves_no_trace(
     assert own == [1, 2, 3, 4]
 
 
+def own_log(trainer: Any) -> list[dict[str, Any]]:
+    """What the trainer logs of itself, without times."""
+    return [
+        {name: value for name, value in entry.items() if "runtime" not in name and "per_second" not in name}
+        for entry in trainer.state.log_history
+        if not any(name.startswith("mergeready/") for name in entry)
+    ]
+
+
+def test_the_trainer_s_own_figures_stay_its_own(world: Path, tmp_path: Path) -> None:
+    """TRL averages over all passes since the last log, and writes that into whatever is logged."""
+    probe = Probe(merge="ties", scales=(0.5,), max_evaluations=1, schedule=Schedule(every=1))
+    ours = callback(world, probe=probe, measure=Schedule(every=1))
+    changes = {"logging_steps": 2, "eval_strategy": "steps", "eval_steps": 4}
+    plain, watched = (
+        fine_tune(world, tmp_path / name, *callbacks, **changes)
+        for name, callbacks in (("plain", []), ("watched", [ours]))
+    )
+    assert len(ours.history.probes) == 4
+    assert "eval_entropy" in own_log(plain)[-2]
+    assert own_log(watched) == own_log(plain)
+    logged = [entry for entry in watched.state.log_history if "mergeready/norm" in entry]
+    assert len(logged) == 4
+    assert not any("entropy" in entry for entry in logged)
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_picks_are_experts_with_their_tokenizer(world: Path, tmp_path: Path, lora: bool) -> None:
     fine_tune(world, tmp_path, callback(world), lora=lora)

@@ -101,6 +101,10 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         entry = state.stateful_callbacks.setdefault(STATE_KEY, {"args": {}, "attributes": {}})
         if state.global_step and entry["attributes"]:
             self.monitor.load_state_dict(entry["attributes"], self._saved_tensors(trainer, state.global_step))
+        if callable(getattr(trainer.optimizer, "eval", None)):
+            # Schedule-free optimizers turn weights into those of evaluation and, in the next step, back. The Trainer's
+            # evaluation asks for it, and must find it done: merged weights are in the model then.
+            trainer.optimizer.eval()
         self.monitor.start(
             model,
             _run_folder(trainer) / FOLDER_NAME,
@@ -211,7 +215,9 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
     def _report(self, outcome: Outcome, control: Any) -> None:
         if outcome.scalars:
             due = control.should_log
-            self._find_trainer().log(dict(outcome.scalars))
+            # Not the log of a subclass, such as TRL's, which would put the figures that it gathered beside ours, and
+            # have none of these steps left for its own.
+            Trainer.log(self._find_trainer(), dict(outcome.scalars))
             control.should_log = due  # logging clears the Trainer's own request of this step
         if outcome.decision.stop:
             control.should_training_stop = control.should_save = True
@@ -220,7 +226,9 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         """The Trainer whose event this is, which may be another one than before; else that of ``attach``."""
         trainer = calling_trainer(self) or (None if self._trainer is None else self._trainer())
         if trainer is None:
-            raise OptionError("the Trainer of this callback cannot be found; call `callback.attach(trainer)`.")
+            raise OptionError(
+                "the Trainer of this callback cannot be found; call `callback.attach(trainer)`."
+            )
         self._trainer = weakref.ref(trainer)
         return trainer
 
