@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification, EarlyStoppingCallback, Trainer, TrainerCallback
 
+from mergeready import NormGovernor
 from mergeready.errors import (
     BaseMismatchError,
     EvaluationError,
@@ -431,6 +432,37 @@ BY_MERGED: dict[str, Any] = {
     "metric_for_best_model": "mergeready/merged/ties",
     "greater_is_better": True,
 }
+
+
+@pytest.mark.parametrize("name", ["norm", "sampled/norm", "norm_governor/norm"])
+@pytest.mark.parametrize("probed", [True, False])
+def test_any_scalar_chooses_the_best_model(world: Path, name: str, probed: bool) -> None:
+    callback = MergeReadyCallback(
+        base=world / "base",
+        peers=peers(world),
+        probe=Probe(merge="ties", schedule=OFTEN) if probed else None,
+        measure=Schedule(every=4),
+        sampled_every=1,
+        techniques=[NormGovernor(max_norm=100.0)],
+    )
+    changes = BY_MERGED | {"metric_for_best_model": f"mergeready/{name}", "greater_is_better": False}
+    trainer = make_trainer(world / "run", callback, model=load(world), **changes, max_steps=8)
+    trainer.train()
+    assert trainer.state.best_metric == pytest.approx(callback.history.metrics[2].norm, rel=0.1)
+
+
+@pytest.mark.parametrize(("metric", "right"), [("accuracy", True), ("loss", False)])
+def test_the_best_model_is_not_the_worst(world: Path, metric: str, right: bool) -> None:
+    """The Trainer takes more to be better where the name does not end in loss, and ours is that of a merge."""
+    for direction in (None, right, not right):
+        callback = MergeReadyCallback(peers=peers(world), probe=Probe(merge="ties", metric=metric))
+        changes = BY_MERGED | {"greater_is_better": direction, "max_steps": 4}
+        trainer = make_trainer(world / "run", callback, model=load(world), **changes)
+        if trainer.args.greater_is_better == right:
+            trainer.train()
+        else:
+            with pytest.raises(OptionError, match=f"is {metric} here.*set greater_is_better={right}"):
+                trainer.train()
 
 
 def test_an_evaluation_after_training_is_not_taken_for_the_last_step_s(world: Path) -> None:

@@ -127,6 +127,7 @@ class Monitor:
         self.history: History = History()
         self.started = False
         self._restored: History | None = None
+        self._figures: dict[str, float] = {}
         self._saving = False
 
     def start(
@@ -167,7 +168,7 @@ class Monitor:
             take_off(optimizer, unwrap(model))
         self.techniques.prepare(model, step=step)
         with ExitStack() as failing:
-            failing.callback(self._let_go)
+            failing.callback(self.let_go)
             self._bind(model, step)
             self.watch.start(model, self.ranks, step)
             self._masters = Masters(model, given, self._given_masters)
@@ -252,8 +253,10 @@ class Monitor:
             return self._note(step, [self._run_probe(step, score)])
 
     def last_scalars(self) -> Mapping[str, float]:
-        """The scalars of the newest probe."""
-        return scalars(self.history.probes[-1]) if self.history.probes else {}
+        """The scalars of the newest measurement, estimate and probe, and what techniques said last."""
+        kinds = (self.history.metrics, self.history.sampled, self.history.probes)
+        newest = [scalars(records[-1]) for records in kinds if records]
+        return {name: value for found in newest for name, value in found.items()} | self._figures
 
     def on_save(self, *, complete: bool = True) -> None:
         """After the framework saved a checkpoint: picks that no saved state needs any more can go.
@@ -267,6 +270,11 @@ class Monitor:
             return
         if self._store is not None and self.history.probes:
             self._store.prune(self.history)
+
+    def let_go(self) -> None:
+        """Take every hook off model and optimizer, where a run does not come to its end."""
+        self.techniques.finish_hooks()
+        self.watch.let_go()
 
     def finish(self) -> dict[str, Any]:
         """At the end: finish techniques, drop what is not picked, write ``summary.json``, share picks; the summary."""
@@ -323,11 +331,6 @@ class Monitor:
         self._restored = History.from_json(records)
         self.watch.load(state)
         self.techniques.load(state.get("techniques", {}), tensors or {})
-
-    def _let_go(self) -> None:
-        """Take every hook off model and optimizer."""
-        self.techniques.finish_hooks()
-        self.watch.let_go()
 
     def _make_store(self, save: Save | None) -> PickStore | None:
         if self.picks is None or self._prober is None:
@@ -424,7 +427,8 @@ class Monitor:
         values = {name: value for record in records for name, value in scalars(record).items()}
         if self._store is not None and self.history.probes and self.history.probes[-1].step == step:
             self._store.update(self.history)
-        values |= {f"{PREFIX}{name}": value for name, value in self.techniques.scalars().items()}
+        self._figures = {f"{PREFIX}{name}": value for name, value in self.techniques.scalars().items()}
+        values |= self._figures
         self.techniques.on_history(self.history)
         decision = self._decide()
         if decision.stop and (self.on_stop == "stop" or not self.history.decisions):

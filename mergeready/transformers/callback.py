@@ -114,6 +114,7 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
             optimizers=[trainer.optimizer],
             save=lambda folder: save_expert(trainer.model, folder, trainer.processing_class),
         )
+        self._require_direction(args)
         # The Trainer writes this dictionary into each checkpoint; its history is a list that grows in place.
         self._entry = entry
         self._state = state
@@ -252,6 +253,20 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
                     "`callbacks`, so it would never see it. Put MergeReadyCallback first."
                 )
 
+    def _require_direction(self, args: Any) -> None:
+        """The Trainer guesses from the name, which tells nothing of what was merged and evaluated."""
+        start, kind = self.history.start, _best_metric(args).split("/")[0]
+        if start is None or args.greater_is_better is None or kind not in ("expert", "merged", "surrogate"):
+            return
+        if args.greater_is_better != start.greater_is_better:
+            self.monitor.let_go()
+            raise OptionError(
+                f"`{args.metric_for_best_model}` is {start.metric} here, of which "
+                f"{'more' if start.greater_is_better else 'less'} is better, but the Trainer would keep the checkpoint "
+                f"with the {'most' if args.greater_is_better else 'least'}: set "
+                f"greater_is_better={start.greater_is_better} in its arguments."
+            )
+
     def _evaluation(self, trainer: Trainer) -> Evaluate | None:
         if trainer.eval_dataset is None or isinstance(trainer.eval_dataset, dict):
             return None
@@ -286,4 +301,10 @@ def _checkpoint(trainer: Trainer, step: int) -> Path:
 
 
 def _drives_best_model(args: Any) -> bool:
-    return (args.metric_for_best_model or "").removeprefix("eval_").startswith(PREFIX)
+    return bool(_best_metric(args))
+
+
+def _best_metric(args: Any) -> str:
+    """Which of our scalars chooses the best model, without prefix; empty where none does."""
+    name = (args.metric_for_best_model or "").removeprefix("eval_")
+    return name.removeprefix(PREFIX) if name.startswith(PREFIX) else ""

@@ -29,6 +29,7 @@ from mergeready.training.policies import Decision, MergedPlateau, NormBudget
 from mergeready.training.probe import Probe
 from mergeready.training.records import MetricsRecord, StartRecord
 from mergeready.training.save import save_expert
+from mergeready.training.scalars import scalars
 from mergeready.training.schedule import Schedule
 from tests.training.small import Evaluation, Net, OneNumber, equal, expert, near, state_of, train, train_on
 
@@ -97,7 +98,7 @@ class TestARun:
         assert monitor.history.start == StartRecord(
             step=0, base=monitor.live.base.identity.fingerprint, peers={"law": monitor.peers[0].norm}
         )
-        assert monitor.last_scalars() == {}
+        assert monitor.last_scalars() == scalars(monitor.history.metrics[-1])
         assert not (tmp_path / "picks").exists()
 
     def test_without_peers_surrogates_stand_in(self, tmp_path: Path) -> None:
