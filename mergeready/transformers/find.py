@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from types import FrameType
 
 from transformers import Trainer, TrainerCallback
 
@@ -11,10 +12,10 @@ def calling_trainer(callback: TrainerCallback) -> Trainer | None:
     Trainer hands its callbacks everything but itself, while logging and evaluation need it. It is a few frames
     up the stack, since an event is a plain chain of method calls.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         candidate = frame.f_locals.get("self")
         if isinstance(candidate, Trainer) and callback in candidate.callback_handler.callbacks:
             return candidate
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return None
