@@ -17,12 +17,12 @@ class Leading:
     Attributes:
         vectors: U, orthonormal, (side, k).
         values: s, (k,).
-        rest: r, one eigenvalue for all other directions; a scalar tensor.
+        rest: r, one eigenvalue for all other directions.
     """
 
     vectors: Tensor
     values: Tensor
-    rest: Tensor
+    rest: float
 
 
 def leading(matrix: Tensor, count: int) -> Leading:
@@ -39,7 +39,7 @@ def leading(matrix: Tensor, count: int) -> Leading:
     Example:
         >>> found = leading(torch.diag(torch.tensor([5.0, 1.0, 3.0])), 1)
         >>> found.vectors.abs().T, found.values, found.rest
-        (tensor([[1., 0., 0.]]), tensor([5.]), tensor(2.))
+        (tensor([[1., 0., 0.]]), tensor([5.]), 2.0)
     """
     side, width = len(matrix), count + _SPARE
     basis = None
@@ -52,12 +52,12 @@ def leading(matrix: Tensor, count: int) -> Leading:
     seen = matrix if basis is None else basis.T @ (matrix @ basis)
     values, vectors = torch.linalg.eigh((seen + seen.T) / 2)
     values, vectors = values[-count:].clamp(min=0), vectors[:, -count:]
-    rest = (matrix.trace() - values.sum()).clamp(min=0) / max(side - len(values), 1)
+    rest = max(float(matrix.trace() - values.sum()), 0.0) / max(side - len(values), 1)
     return Leading(vectors if basis is None else basis @ vectors, values, rest)
 
 
-def filtered(change: Tensor, outputs: Leading, inputs: Leading, strength: float) -> Tensor:
-    """``argmin over E of ‖E − D‖² + c tr(B E A Eᵀ)``, which is ``(I + c B ⊗ A)⁻¹ D``.
+def filtering(change: Tensor, outputs: Leading, inputs: Leading, strength: float) -> Tensor:
+    """``E − D`` with ``E = argmin of ‖E − D‖² + c tr(B E A Eᵀ)``, which is ``(I + c B ⊗ A)⁻¹ D``.
 
     In the eigenvectors of B and A, an entry of D is divided by ``1 + c s t``, s and t the eigenvalues: directions that
     predictions on the factors' data do not depend on stay as they are. Stable for any c, as a step along the gradient
@@ -72,19 +72,25 @@ def filtered(change: Tensor, outputs: Leading, inputs: Leading, strength: float)
         strength: c, at least 0.
 
     Returns:
-        A new tensor.
+        A new tensor; what has to be added to D.
 
     Example:
         >>> two, one = leading(2 * torch.eye(1), 1), leading(torch.eye(2), 1)
-        >>> filtered(torch.tensor([[3.0, 6.0]]), two, one, 1.0)
-        tensor([[1., 2.]])
+        >>> filtering(torch.tensor([[3.0, 6.0]]), two, one, 1.0)
+        tensor([[-2., -4.]])
     """
     U, V = outputs.vectors, inputs.vectors
-    s, t, r, q = outputs.values[:, None], inputs.values, outputs.rest, inputs.rest
-    # What is kept: of pairs of leading directions, of a leading one and any other, and of all others.
-    both, left, right = 1 / (1 + strength * s * t), 1 / (1 + strength * s * q), 1 / (1 + strength * r * t)
-    rest = 1 / (1 + strength * r * q)
+    s, t = outputs.values[:, None], inputs.values
+    r, q = outputs.rest, inputs.rest
+    # What is kept of pairs of leading directions, of a leading one and any other, and of all others.
+    both, left, right, rest = (
+        1 / (1 + strength * s * t),
+        1 / (1 + strength * s * q),
+        1 / (1 + strength * r * t),
+        1 / (1 + strength * r * q),
+    )
     rows, columns = U.T @ change, change @ V
-    corner = rows @ V
-    of_rows = (left - rest) * rows + ((both - left - right + rest) * corner) @ V.T
-    return torch.addmm(rest * change, U, of_rows).addmm_((right - rest) * columns, V.T)
+    of_rows = (left - rest) * rows + ((both - left - right + rest) * (rows @ V)) @ V.T
+    # One product for both sides, since passes over D take as long as the products.
+    joined = torch.cat([U, (right - rest) * columns], dim=1), torch.cat([of_rows, V.T])
+    return torch.addmm(change, *joined, beta=rest - 1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergeready.training.kronecker_filter import Leading, filtered, leading
+from mergeready.training.kronecker_filter import Leading, filtering, leading
 
 
 def moment(seed: int, side: int, decay: float = 1.0) -> Tensor:
@@ -49,7 +49,7 @@ def test_the_filter_solves_its_equation(count: int) -> None:
     change = torch.randn(40, 30, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     kept = change.clone()
     for strength in (0.0, 0.7, 1e6):
-        found = filtered(change, outputs, inputs, strength)
+        found = change + filtering(change, outputs, inputs, strength)
         again = found + strength * dense(outputs) @ found @ dense(inputs)
         torch.testing.assert_close(again, change, rtol=1e-6, atol=1e-7)
     assert torch.equal(change, kept)
@@ -58,6 +58,6 @@ def test_the_filter_solves_its_equation(count: int) -> None:
 def test_single_precision_is_near_it() -> None:
     outputs, inputs = moment(1, 200, 0.95), moment(2, 100, 0.95)
     change = torch.randn(200, 100, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    wanted = filtered(change, leading(outputs, 16), leading(inputs, 16), 5.0)
-    found = filtered(change.float(), leading(outputs.float(), 16), leading(inputs.float(), 16), 5.0)
+    wanted = filtering(change, leading(outputs, 16), leading(inputs, 16), 5.0)
+    found = filtering(change.float(), leading(outputs.float(), 16), leading(inputs.float(), 16), 5.0)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=1e-4)

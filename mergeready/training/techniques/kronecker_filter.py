@@ -10,7 +10,7 @@ import torch
 
 from mergeready.errors import OptionError, UnsupportedError
 from mergeready.experts.factors import KroneckerFactors
-from mergeready.training.kronecker_filter import Leading, filtered, leading
+from mergeready.training.kronecker_filter import Leading, filtering, leading
 from mergeready.training.techniques.layer_change import LayerChange, require_list, summed_layers
 from mergeready.training.techniques.registry import register
 from mergeready.training.techniques.run import TechniqueRun
@@ -53,8 +53,8 @@ class KroneckerFilter(Technique):
     touches: ClassVar[frozenset[Touch]] = frozenset({Touch.WEIGHTS})
 
     factors: Sequence[str | Path | KroneckerFactors]
-    strength: float = 0.3
-    every: int = 32
+    strength: float = 0.25
+    every: int = 16
     rank: int = 64
     weights: Sequence[float] | None = None
 
@@ -104,7 +104,6 @@ class _Filter(Running):
         if step % self._every:
             return
         for layer, outputs, inputs in self._layers:
-            change = layer.matrix()
-            beyond = filtered(change, outputs, inputs, self._strength).sub_(change)
+            beyond = filtering(layer.matrix(), outputs, inputs, self._strength)
             for part, own in layer.parts(beyond):
                 part.target.add_(own.to(part.target.dtype))
