@@ -5,11 +5,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from mergeready.errors import BaseMismatchError, UnsupportedError, listing
 from mergeready.experts.identity import BaseIdentity
 from mergeready.experts.peft_config import unquantised
+from mergeready.weights.names import match_names
 from mergeready.weights.open import WeightsLike, open_weights, resolve_folder
-from mergeready.weights.source import WeightSource
+from mergeready.weights.source import TensorInfo, WeightSource, equal
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _GENERATES = re.compile(
@@ -107,3 +110,37 @@ def require_wide_floats(source: WeightSource) -> None:
             f"{source.label} stores 8-bit floats: {listing(narrow)}. Their scales are tensors of their own, so adding "
             "to these numbers is not adding to the weights. Use the weights before quantisation."
         )
+
+
+def require_unquantised(expert: WeightSource, base: WeightSource) -> None:
+    """Raise if a full model or its base stores weights as integers that are not the same ones in both.
+
+    Only floats are merged, so quantised layers would stay the base's while their scales and everything else move on.
+
+    Raises:
+        UnsupportedError: If so; all are listed.
+    """
+    own, theirs = ({n for n, info in source.infos.items() if _packed(n, info)} for source in (expert, base))
+    if not own and not theirs:
+        return
+    names = match_names(expert.infos, base.infos, aliases=expert.aliases, base_aliases=base.aliases).to_base
+    same = {
+        mine: name
+        for mine, name in names.items()
+        if (mine in own or name in theirs)
+        and expert.infos[mine].dtype == base.infos[name].dtype
+        and equal(expert, mine, base, name)
+    }
+    own, theirs = own.difference(same), theirs.difference(same.values())
+    if own or theirs:
+        raise UnsupportedError(
+            f"{expert.label if own else base.label} stores weights as integers: {listing(sorted(own or theirs))}. "
+            "Their scales are tensors of their own, so they cannot be merged. Use the weights before quantisation."
+        )
+
+
+def _packed(name: str, info: TensorInfo) -> bool:
+    """Whether a tensor looks like quantised weights: indices are 64 bits long, and masks are called bias."""
+    integer = not (info.dtype.is_floating_point or info.dtype.is_complex)
+    wide = info.dtype in (torch.bool, torch.int64, torch.uint64)
+    return integer and not wide and len(info.shape) > 1 and name.rpartition(".")[2] != "bias"

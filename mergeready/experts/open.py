@@ -10,7 +10,7 @@ import torch
 from mergeready.errors import MismatchError, NonFiniteError, OptionError, UnsupportedError, listing
 from mergeready.experts.adapter import AdapterTaskVector
 from mergeready.experts.adapter_folder import explain_missing_weights, open_adapter, refuse_foreign_lora
-from mergeready.experts.base import Base, require_wide_floats
+from mergeready.experts.base import Base, require_unquantised, require_wide_floats
 from mergeready.experts.fingerprint import is_fingerprint
 from mergeready.experts.kinship import require_kinship
 from mergeready.experts.peft_config import CONFIG_NAME
@@ -19,7 +19,7 @@ from mergeready.experts.task_vector import FullTaskVector, TaskVector
 from mergeready.experts.tokens import require_same_tokens, token_rows
 from mergeready.weights.names import match_names
 from mergeready.weights.open import WeightsLike, open_weights, resolve_folder
-from mergeready.weights.source import WeightSource, chunk_ranges, is_mergeable
+from mergeready.weights.source import WeightSource, equal, is_mergeable
 
 _EXPERTS = ".experts."
 
@@ -159,6 +159,7 @@ def _open_full(
 ) -> Expert:
     refuse_foreign_lora(source.infos, source.label)
     require_wide_floats(source)
+    require_unquantised(source, base.source)
     tokens = token_rows(source, base, folder)
     source = tokens.source
     if strict:
@@ -209,7 +210,7 @@ def pair_with_base(
         first = names.setdefault(base_name, name)
         if own[name].shape != theirs[base_name].shape:
             problems.append(f"{name} is {own[name].shape}, in the base {theirs[base_name].shape}")
-        elif first != name and not _equal(source, first, name):
+        elif first != name and not equal(source, first, source, name):
             problems.append(f"{first} and {name} differ, and are one parameter in the base")
     if _stacked_in_one(match.extra, match.missing):
         problems.append(
@@ -232,14 +233,6 @@ def pair_with_base(
 def _stacked_in_one(extra: Sequence[str], missing: Sequence[str]) -> bool:
     """Whether both sides have experts that the other lacks: they would count as unchanged, and be most of the model."""
     return any(_EXPERTS in name for name in extra) and any(_EXPERTS in name for name in missing)
-
-
-def _equal(source: WeightSource, first: str, second: str) -> bool:
-    infos = source.infos
-    return infos[first].shape == infos[second].shape and all(
-        torch.equal(source.read_flat(first, start, stop), source.read_flat(second, start, stop))
-        for start, stop in chunk_ranges(infos[first])
-    )
 
 
 def _refuse_extra(label: str, names: tuple[str, ...], base: Base) -> None:

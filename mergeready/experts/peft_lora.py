@@ -11,7 +11,7 @@ from mergeready.experts.base import Base
 from mergeready.experts.orientation import is_swapped, orientations
 from mergeready.experts.parts import BiasPart, DoraPart, ExpertsPart, LowRankPart, Part, RowsPart
 from mergeready.experts.peft_config import PeftConfig
-from mergeready.weights.source import TensorInfo, WeightSource, chunk_ranges
+from mergeready.weights.source import TensorInfo, WeightSource, equal
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -130,19 +130,8 @@ class _PeftBuilder(AdapterBuilder):
         self.add_copy(name, key)
 
     def _is_the_base_s(self, name: str, key: str) -> bool:
-        base, own = self.base.source, self.source.infos[key]
         base_name = self.names.get(name)
-        return (
-            base_name is not None
-            and base.infos[base_name].shape == own.shape
-            and all(
-                torch.equal(
-                    self.source.read_flat(key, start, stop),
-                    base.read_flat(base_name, start, stop).to(dtype=own.dtype, device="cpu"),
-                )
-                for start, stop in chunk_ranges(own)
-            )
-        )
+        return base_name is not None and equal(self.source, key, self.base.source, base_name)
 
     def add_module(self, module: str, keys: Mapping[str, str]) -> None:
         if self._is_stack(module):

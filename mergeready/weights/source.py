@@ -106,3 +106,15 @@ def chunk_ranges(
     first, end = (0, info.numel) if span is None else span
     for start in range(first, end, step):
         yield start, min(start + step, end)
+
+
+def equal(first: WeightSource, name: str, second: WeightSource, other: str) -> bool:
+    """Whether two stored tensors have one shape and equal values, as values of the first one's dtype."""
+    info = first.infos[name]
+    return info.shape == second.infos[other].shape and all(
+        torch.equal(
+            first.read_flat(name, start, stop).cpu(),
+            second.read_flat(other, start, stop).to(device="cpu", dtype=info.dtype),
+        )
+        for start, stop in chunk_ranges(info)
+    )

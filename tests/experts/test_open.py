@@ -241,6 +241,28 @@ def test_eight_bit_floats_are_refused() -> None:
         open_expert(expert, tiny_bert())
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32])
+def test_quantised_weights_are_refused_unless_they_are_the_base_s(dtype: torch.dtype) -> None:
+    """Their floats alone would be merged: scales of other integers, norms and embeddings."""
+    base, expert = tiny_bert().state_dict(), state(fine_tuned())
+    name = "bert.encoder.layer.0.attention.self.query.weight"
+    codes = torch.arange(base[name].numel()).remainder(100).reshape(base[name].shape).to(dtype)
+    frozen = base | {name: codes, "mask.bias": codes}
+    trained = expert | {name: codes, "mask.bias": codes.flip(0)}
+    assert name not in open_expert(trained, frozen).vector
+    for other, start in (
+        (trained | {name: codes.flip(0)}, frozen),
+        (trained | {name: torch.zeros_like(codes)}, base | {name: base[name] * 0}),
+        (expert, base | {name: codes}),
+        (expert | {name.replace("weight", "qweight"): codes}, base),
+    ):
+        for strict in (True, False):
+            with pytest.raises(
+                UnsupportedError, match=r"stores weights as integers: bert\.\S*query\.q?weight\."
+            ):
+                open_expert(other, start, strict=strict)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_dtypes_may_differ(dtype: torch.dtype) -> None:
     expert = {name: t.to(dtype) for name, t in state(fine_tuned()).items()}
