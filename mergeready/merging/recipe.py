@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from mergeready.errors import FormatError, OptionError
+from mergeready.errors import FormatError, OptionError, listing
 from mergeready.merging.registry import make_method
 from mergeready.weights.yaml_text import read_yaml
 
 RECIPE_NAME = "mergeready_merge.yaml"
+_KEYS = ("mergeready", "torch", "base", "experts", "merge", "dtype", "arithmetic", "statistics")
 _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -92,10 +93,16 @@ def read_recipe(path: str | Path) -> MergeRecipe:
 
 
 def _from_own(content: Mapping[str, Any], path: Path) -> MergeRecipe:
+    unknown = [f"`{key}`" for key in content if key not in _KEYS]
+    if unknown:
+        raise FormatError(
+            f"{path} has keys that this version does not know: {listing(unknown)}. Known are {', '.join(_KEYS)}; "
+            "method, scale, weights and overrides stand below `merge`."
+        )
     try:
         merge = dict(content["merge"])
         parts = {name: merge.pop(name) for name in ("method", "scale", "weights")}
-        overrides = merge.pop("overrides", {})
+        overrides = dict(merge.pop("overrides", {}))
         rest = {name: content[name] for name in ("dtype", "arithmetic", "statistics")}
         return MergeRecipe(
             base=content["base"]["label"],

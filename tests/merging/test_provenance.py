@@ -9,6 +9,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 
+from mergeready.errors import FormatError
 from mergeready.experts import Base, open_expert
 from mergeready.merging import merge_folders
 from mergeready.merging.provenance import is_hub_id, public, public_name
@@ -52,6 +53,22 @@ def test_the_recipe_repeats_the_merge(
     again = merge_folders(recipe.base, recipe.experts, tmp_path / "again", **recipe.options())
     for path in out.iterdir():
         assert (again / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scale": 3.0, "overides": {}}, r"does not know: `overides`, `scale`.*below `merge`"),
+        ({"merge": {"method": "ties", "scale": 1, "weights": [1, 1], "overrides": [1]}}, "not a recipe"),
+    ],
+)
+def test_a_recipe_edited_wrongly_is_refused(
+    out: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    content = yaml.safe_load((out / "mergeready_merge.yaml").read_text())
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content | changes))
+    with pytest.raises(FormatError, match=message):
+        read_recipe(tmp_path / "recipe.yaml")
 
 
 def test_the_recipe_tells_inputs_apart(world: World, out: Path, tmp_path: Path) -> None:
