@@ -137,8 +137,13 @@ def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     """
     if weights is None:
         return [1.0] * count
+    given: object = weights
+    if isinstance(given, str) or not hasattr(given, "__len__"):
+        raise OptionError(f"`weights` must be a list of numbers, not {weights!r}.")
     if len(weights) != count:
         raise OptionError(f"`weights` has {len(weights)} values for {count} experts.")
+    for weight in weights:
+        require_number("weights", weight)
     broken = [str(w) for w in weights if not abs(w) < float("inf")]
     if broken:
         raise OptionError(f"`weights` must be finite, not {listing(broken)}.")
@@ -162,9 +167,20 @@ def check_scale(scale: float) -> float:
     Raises:
         OptionError: If it is not.
     """
+    require_number("scale", scale)
     if not abs(scale) < float("inf"):
         raise OptionError(f"`scale` must be finite, not {scale}.")
     return float(scale)
+
+
+def require_number(name: str, value: object) -> None:
+    """Raise if a value is no number, such as 1e-1, which YAML takes for text.
+
+    Raises:
+        OptionError: If so.
+    """
+    if not hasattr(value, "__float__"):
+        raise OptionError(f"`{name}` must be numeric, not {value!r}.")
 
 
 def require_finite_chunk(values: Tensor, name: str, broken: list[str]) -> None:

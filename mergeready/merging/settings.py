@@ -115,6 +115,8 @@ def _override(key: str, given: Mapping[str, Any], default: Setting) -> Setting:
         re.compile(key)
     except re.error as error:
         raise OptionError(f"the override {key!r} is not a regular expression ({error}).") from error
+    if not isinstance(given, Mapping):
+        raise OptionError(f"the override {key!r} must map settings to values, not be {given!r}.")
     parameters = dict(given)
     scale = check_scale(parameters.pop("scale", 1.0))
     weights = check_weights(parameters.pop("weights", default.weights), len(default.weights))

@@ -208,6 +208,10 @@ def test_weights() -> None:
         check_weights([1, 2], 3)
     with pytest.raises(OptionError, match="`weights` must be finite, not nan, inf"):
         check_weights([1, math.nan, math.inf], 3)
+    for wrong, message in (("12", "a list of numbers, not '12'"), (3, "a list"), ([1, "1e-1"], "not '1e-1'")):
+        with pytest.raises(OptionError, match=f"`weights` must be .*{message}"):
+            check_weights(wrong, 2)
+    assert check_weights(torch.tensor([1.0, 2.0]), 2) == [1.0, 2.0]
 
 
 @pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf])
@@ -215,6 +219,8 @@ def test_scales_must_be_finite(scale: float) -> None:
     with pytest.raises(OptionError, match="`scale` must be finite"):
         check_scale(scale)
     assert check_scale(-2) == -2.0
+    with pytest.raises(OptionError, match="`scale` must be numeric, not '1e-1'"):
+        check_scale("1e-1")
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn])

@@ -48,6 +48,8 @@ def test_another_method_starts_from_its_defaults() -> None:
         ({"a": {"weights": [1.0]}}, "weights"),
         ({"a": {"scale": float("nan")}}, "scale"),
         ({"a": {"method": "nothing"}}, "nothing"),
+        ({"a": {"scale": "1e-1"}}, "`scale` must be numeric"),
+        ({"a": 0.5}, "'a' must map settings to values, not be 0.5"),
     ],
 )
 def test_bad_overrides_are_refused(override: dict[str, dict[str, object]], message: str) -> None:
