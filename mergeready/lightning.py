@@ -126,10 +126,14 @@ class MergeReadyCallback(Callback):  # type: ignore[misc]  # lightning is not ty
         finally:
             self._again = False
 
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        self.monitor.techniques.abandon()  # a `training_step` that returned None had no backward
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.monitor.techniques.abandon()
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.monitor.techniques.between()  # as above, where no step followed
         if trainer.global_step != self._step:  # not a micro-batch of gradient accumulation
             self._step = trainer.global_step
             self._report(trainer, self.monitor.on_step(trainer.global_step))

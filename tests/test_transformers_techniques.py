@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import TrainerCallback
 
 import mergeready.lightning
-from mergeready import DriftPenalty, NormGovernor, SharpnessAware, SimulatedMerge, WeightAverage
+from mergeready import DriftPenalty, NormGovernor, Schedule, SharpnessAware, SimulatedMerge, WeightAverage
 from mergeready.errors import OptionError
 from mergeready.transformers import MergeReadyCallback
 from tests.loops import Lit, lightning_trainer, load, loader, make_world
@@ -204,6 +204,50 @@ def test_lightning_runs_a_step_s_batches_twice_where_the_gradient_is_wanted_firs
     for lit in (whole, parts):
         found = weights_of(lit.net)
         assert all(torch.allclose(found[key], value, atol=1e-5) for key, value in expected.items())
+
+
+class Skipping(Lit):
+    def training_step(self, batch: dict[str, Any], index: int) -> Any:  # type: ignore[override]
+        found = super().training_step(batch, index)
+        return None if index % 2 else found
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_lightning_has_its_weights_back_after_a_batch_that_is_skipped(
+    world: Path, tmp_path: Path, accumulated: int
+) -> None:
+    """By returning None: neither backward nor its events come then."""
+    found = []
+    for moved in (False, True):
+        model = load(world)
+        # Moved weights give other gradients, but here a step is one of a fixed size.
+        technique = SimulatedMerge(every=1, scale=(1.0, 1.0), drop=0.0, noise=0.01)
+        own = mergeready.lightning.MergeReadyCallback(
+            base=world / "base",
+            picks=None,
+            techniques=[technique] if moved else [],
+            measure=Schedule(every=1),
+        )
+        lit = Skipping(model)
+        lit.configure_optimizers = lambda model=model: Signs(model.parameters(), lr=1e-4)  # type: ignore[method-assign]
+        trainer = lightning_trainer(
+            tmp_path / str(moved), own, max_steps=4, accumulate_grad_batches=accumulated
+        )
+        trainer.fit(lit, loader())
+        found.append([record.norm for record in own.history.metrics])
+    assert found[1] == pytest.approx(found[0], rel=0.1)
+
+
+class Signs(torch.optim.SGD):
+    """Each gradient counts as 1, whatever it is."""
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        loss = None if closure is None else closure()
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is not None:
+                parameter.grad.fill_(1.0)
+        super().step()
+        return loss
 
 
 def test_lightning_climbs_with_scaled_gradients_as_without(world: Path, tmp_path: Path) -> None:

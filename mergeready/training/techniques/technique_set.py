@@ -180,6 +180,11 @@ class TechniqueSet:
                         run()
             self.gradients_ready(factor())
 
+    def between(self) -> None:
+        """Before anything but the next micro-batch: put weights back where it had no backward, so nothing was left."""
+        if not self._again:
+            self.abandon()
+
     def abandon(self) -> None:
         """Put weights back, also after an exception. Does nothing where nothing was entered."""
         stack, self._inside, self._again = self._inside, None, []
