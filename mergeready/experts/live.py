@@ -58,6 +58,7 @@ class LiveExpert:
         self.model = unwrap(model)
         reshard(self.model)
         self._adapter: LiveSource | None = None
+        self._frozen: set[str] = set()
         self.is_peft = is_peft(self.model)
         self.base_is_live = base is None
         if self.is_peft:
@@ -82,12 +83,15 @@ class LiveExpert:
             }
             frozen = {b: names[b] for b, target in self.targets.items() if not target.requires_grad}
             require_frozen_equal(source, self.base.source, frozen)
-        trained = {b: names[b] for b in self.targets if b not in frozen}
         self.is_sharded = source.is_sharded
         self._own: LiveSource = source
-        self._own_names = trained
+        self._names, self._frozen = names, set(frozen)
+        self._compare_trained()
+
+    def _compare_trained(self) -> None:
+        self._own_names = {b: self._names[b] for b in self.targets if b not in self._frozen}
         self.vector: TaskVector = FullTaskVector(
-            source, self.base.source, trained, self.base.identity, "this run"
+            self._own, self.base.source, self._own_names, self.base.identity, "this run"
         )
 
     def _bind_peft(self, base: WeightsLike | Base | None) -> None:
@@ -120,6 +124,19 @@ class LiveExpert:
         self.vector, self.extra = vector, self.extra + vector.extra
         self.is_sharded = own.is_sharded or self._adapter.is_sharded
         self._own, self._own_names = own, names if base is None else {}
+
+    def follow(self) -> bool:
+        """Let parameters that were frozen and train by now, as in gradual unfreezing, join the task vector for good.
+
+        Returns:
+            Whether there were any; a collective of all ranks then.
+        """
+        thawed = {name for name in self._frozen if self.targets[name].requires_grad}
+        if thawed:
+            self._frozen -= thawed
+            self._compare_trained()
+            self._shares = Shares(self.vector.infos, self.blocks, self.ranks)
+        return bool(thawed)
 
     def refine(self, find: Callable[[str, Tensor], Finer | None]) -> None:
         """Read finer copies of the trained parameters in their place from now on; see ``LiveSource.refine``."""

@@ -181,11 +181,7 @@ class Monitor:
             self._probing = self._make_probe_pacer(total_steps, step)
             self._store = self._make_store(save)
             self._open_history(step)
-            self._sampler = None
-            if self._sampled_every is not None:
-                self._sampler = Sampler(
-                    self.live, self.peers, self.sketched, last=next(iter(self.history.sampled[-1:]), None)
-                )
+            self._sampler = self._make_sampler()
             self.techniques.on_history(self.history)
             failing.pop_all()
         # Training time begins here; the references count as spent, and what is spent is taken off again.
@@ -212,11 +208,12 @@ class Monitor:
             self.on_save()
         pacers = [pacer for pacer in (self._measuring, self._probing) if pacer is not None]
         looking = any(pacer.on_schedule(step) for pacer in pacers)
-        sampler = self._sampler if self._sampled_every and step % self._sampled_every == 0 else None
-        if not looking and sampler is None:
+        sampling = self._sampled_every is not None and step % self._sampled_every == 0
+        if not looking and not sampling:
             return Outcome()
+        self._follow()
         with self.techniques.shown():
-            sampled = {} if sampler is None else self._look_at_samples(sampler, step)
+            sampled = self._look_at_samples(self._sampler, step) if self._sampler and sampling else {}
             found = self._look(step, self.ranks.same(self._train_seconds())) if looking else Outcome()
         return replace(found, scalars={**sampled, **found.scalars})
 
@@ -249,6 +246,7 @@ class Monitor:
         probes = self.history.probes
         if self._prober is None or (probes and probes[-1].step == step):
             return Outcome()
+        self._follow()
         with self.techniques.shown():
             return self._note(step, [self._run_probe(step, score)])
 
@@ -339,6 +337,12 @@ class Monitor:
             raise OptionError("`picks` needs a way to save the model.")
         return PickStore(self.folder / "picks", self.picks, save, self.live.base.identity, self.ranks)
 
+    def _make_sampler(self) -> Sampler | None:
+        if self._sampled_every is None:
+            return None
+        last = next(iter(self.history.sampled[-1:]), None)
+        return Sampler(self.live, self.peers, self.sketched, last=last)
+
     def _bind(self, model: nn.Module, step: int) -> None:
         """Open base and peers, on every rank alike."""
         restored = self.ranks.same(None if self._restored is None else self._restored.to_json())
@@ -350,6 +354,11 @@ class Monitor:
         self.peers, self.sketched = peers_of_run(
             self._given_peers, self.live, self.ranks, probed=self.probe is not None
         )
+
+    def _follow(self) -> None:
+        """See what trains by now."""
+        if self.live.follow() and self._sampler is not None:
+            self._sampler = self._make_sampler()
 
     def _refine(self) -> None:
         """Find the finest copies of the weights anew: optimizers make theirs late, and may replace them."""

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,39 @@ class TestARun:
         )
         assert monitor.last_scalars() == scalars(monitor.history.metrics[-1])
         assert not (tmp_path / "picks").exists()
+
+    def test_layers_that_are_unfrozen_on_the_way_are_followed(self, tmp_path: Path) -> None:
+        seen: list[Tensor] = []
+
+        def evaluate(model: nn.Module) -> dict[str, float]:
+            seen.append(model.embed.weight.detach().clone())
+            return {"score": 1.0}
+
+        probe = quick_probe(
+            merge="task_arithmetic", evaluate=evaluate, scales=(0.5,), max_evaluations=1, schedule=ALWAYS
+        )
+        monitor = Monitor(base=Net(), peers=[expert(1)], measure=ALWAYS, sampled_every=1, probe=probe)
+        model = Net()
+        model.embed.requires_grad_(False)
+        model.layers[0].requires_grad_(False)
+        monitor.start(model, tmp_path, total_steps=6, save=lambda path: save_expert(model, path))
+
+        def after(step: int) -> None:
+            monitor.on_step(step)
+            if step == 3:
+                model.requires_grad_(True)
+
+        train_on(model, torch.optim.SGD(model.parameters(), lr=0.05), 0, 1, 6, after)
+        base = state_of(Net())
+        change = {name: value.double() - base[name].double() for name, value in state_of(model).items()}
+        norm = math.sqrt(sum(float(value.square().sum()) for value in change.values()))
+        assert change["embed.weight"].norm() > 0.01
+        assert monitor.history.metrics[-1].norm == pytest.approx(norm)
+        assert 0 in monitor.history.metrics[-1].layers
+        assert monitor.history.sampled[-1].norm == pytest.approx(norm)  # so small a model is sampled whole
+        peer = state_of(expert(1))["embed.weight"].double() - base["embed.weight"].double()
+        expected = base["embed.weight"].double() + 0.5 * (change["embed.weight"] + peer)
+        torch.testing.assert_close(seen[-1].double(), expected, atol=1e-6, rtol=1e-5)
 
     def test_without_peers_surrogates_stand_in(self, tmp_path: Path) -> None:
         monitor, _ = watch(tmp_path, peers=[], probe=quick_probe())
