@@ -6,6 +6,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mergeready.experts.live import is_peft
 from mergeready.weights.module import ModuleSource, unwrap
 from mergeready.weights.ranks import is_first_process
 from mergeready.weights.safetensors_folder import SINGLE_NAME
@@ -14,7 +15,7 @@ from mergeready.weights.safetensors_folder import SINGLE_NAME
 def save_expert(model: nn.Module, folder: Path, processor: Any = None) -> None:
     """Write a model into a folder so that it can be loaded, merged and shared as an expert.
 
-    Models with ``save_pretrained`` write themselves, PEFT models their adapter; others their state as safetensors.
+    Models with ``save_pretrained`` write themselves, PEFT models the adapter that is active; others their state.
 
     In a run of several processes, all of them call it and the first one writes; a sharded model is gathered into its
     memory, on the CPU, for that.
@@ -30,7 +31,11 @@ def save_expert(model: nn.Module, folder: Path, processor: Any = None) -> None:
     if not is_first_process():
         return
     if hasattr(inner, "save_pretrained"):
-        inner.save_pretrained(folder, **({} if gathered is None else {"state_dict": gathered}))
+        settings: dict[str, Any] = {} if gathered is None else {"state_dict": gathered}
+        if is_peft(inner):
+            _save_adapter(inner, folder, settings)
+        else:
+            inner.save_pretrained(folder, **settings)
     else:
         # The library's save_model chooses another name of a tied tensor than the base of this run may have.
         tensors = {
@@ -40,6 +45,17 @@ def save_expert(model: nn.Module, folder: Path, processor: Any = None) -> None:
         save_file(tensors, folder / SINGLE_NAME, metadata={"format": "pt", **source.aliases})
     if processor is not None and hasattr(processor, "save_pretrained"):
         processor.save_pretrained(folder)
+
+
+def _save_adapter(model: Any, folder: Path, settings: dict[str, Any]) -> None:
+    """The adapter that trains, without others such as a reference, and not in a subfolder of its name."""
+    [name] = model.active_adapters
+    model.save_pretrained(folder, selected_adapters=[name], **settings)
+    named = folder / name
+    if name != "default" and named.is_dir():
+        for path in named.iterdir():
+            path.rename(folder / path.name)
+        named.rmdir()
 
 
 def _gathered_state(model: nn.Module) -> dict[str, Tensor]:

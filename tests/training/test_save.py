@@ -60,6 +60,26 @@ def test_a_saved_model_opens_as_an_expert_on_the_runs_own_base(
         torch.testing.assert_close(found[name], (value - start[name]).detach(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["default", "law"])
+def test_an_adapter_is_saved_alone_whatever_it_is_called(name: str, tmp_path: Path) -> None:
+    """Preference training keeps the start as a second adapter, and PEFT gives names folders of their own."""
+    config = LoraConfig(r=2, target_modules=["query"])
+    model = get_peft_model(tiny_bert(), config, adapter_name=name)
+    perturb(model, 1)
+    model.add_adapter("reference", config)
+    model.set_adapter(name)
+    folder = saved(model, tmp_path / "expert")
+    assert {path.name for path in folder.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+    }
+    found = difference(folder, tiny_bert())
+    layer = model.get_submodule("base_model.model.bert.encoder.layer.0.attention.self.query")
+    expected = layer.get_delta_weight(name).detach()
+    torch.testing.assert_close(found["bert.encoder.layer.0.attention.self.query.weight"], expected)
+
+
 @pytest.mark.parametrize("make", [Net, TinyConvNet, Tied])
 def test_a_plain_module_loads_again(make: Callable[[], nn.Module], tmp_path: Path) -> None:
     """With the safetensors library's own loader."""
