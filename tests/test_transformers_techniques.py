@@ -98,13 +98,15 @@ def test_what_was_interrupted_does_not_steer_the_next_run(world: Path, tmp_path:
     assert all(torch.equal(after[name], expected[name]) for name in expected)
 
 
-def test_resumed_with_the_average_it_had(world: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder", ["first", "second"])
+def test_resumed_with_the_average_it_had(world: Path, tmp_path: Path, folder: str) -> None:
+    """Also where the checkpoint is of another run's folder."""
     changes = STEADY | {"save_strategy": "steps", "save_steps": 3}
     techniques = [WeightAverage(decay=0.5), SimulatedMerge(every=2)]
     models = [load(world), load(world)]
-    make_trainer(tmp_path, callback(world, *techniques), model=models[0], **changes).train()
-    again = make_trainer(tmp_path, callback(world, *techniques), model=models[1], **changes)
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    make_trainer(tmp_path / "first", callback(world, *techniques), model=models[0], **changes).train()
+    again = make_trainer(tmp_path / folder, callback(world, *techniques), model=models[1], **changes)
+    again.train(resume_from_checkpoint=str(tmp_path / "first/checkpoint-3"))
     first, second = map(weights_of, models)
     assert all(torch.equal(first[key], second[key]) for key in first)
 

@@ -21,7 +21,7 @@ from mergeready.training.techniques.technique import Touch
 from mergeready.training.techniques.technique_set import TechniqueSet
 from mergeready.transformers.difficulty import carry_ids, require_ids
 from mergeready.transformers.evaluation import evaluate_with
-from mergeready.transformers.find import calling_trainer
+from mergeready.transformers.find import calling_trainer, resumed_checkpoint
 from mergeready.transformers.images import log_images
 from mergeready.validation.share import with_sharing
 from mergeready.weights.atomic import new_file
@@ -210,7 +210,7 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         trainer.training_step = training_step
 
     def _saved_tensors(self, trainer: Trainer, step: int) -> Mapping[str, Tensor]:
-        path = _checkpoint(trainer, step) / TENSORS_NAME
+        path = (resumed_checkpoint(trainer) or _checkpoint(trainer, step)) / TENSORS_NAME
         return load_file(path) if path.is_file() else {}
 
     def _report(self, outcome: Outcome, control: Any) -> None:
