@@ -126,22 +126,37 @@ def _recipe(
     base: str | None, experts: list[str] | None, config: Path | None, given: dict[str, Any]
 ) -> MergeRecipe:
     """What to merge, by a file or by options."""
-    from mergeready.merging.recipe import MergeRecipe, read_recipe
+    from mergeready.merging.recipe import RECIPE_NAME, MergeRecipe, read_recipe
 
     if config is None:
         if base is None or not experts:
             raise typer.BadParameter("name the base and at least one expert, or a `--config`.")
         return MergeRecipe(base, tuple(experts), **{"method": "task_arithmetic"} | given)
     if given:
-        raise OptionError(
-            f"{listing(f'`{name}`' for name in given)} belong into {config}, or leave that out."
-        )
+        names = listing(f"`{name}`" for name in given)
+        raise OptionError(f"{config} says how to merge: change {names} there, or leave the file out.")
     recipe = read_recipe(config)
+    if base is None and config.name == RECIPE_NAME:
+        _require_found(recipe, config)
     if base is not None and len(experts or ()) != len(recipe.experts):
         raise OptionError(
             f"{config} merges {len(recipe.experts)} experts, and {len(experts or ())} are given: name all or none."
         )
     return recipe if base is None else replace(recipe, base=base, experts=tuple(experts or ()))
+
+
+def _require_found(recipe: MergeRecipe, config: Path) -> None:
+    """A merge records its inputs by name and content, and not where they lay.
+
+    Raises:
+        OptionError: If one is neither a folder here nor a hub id.
+    """
+    missing = [name for name in (recipe.base, *recipe.experts) if "/" not in name and not Path(name).exists()]
+    if missing:
+        raise OptionError(
+            f"{config} names {listing(missing)}, and not where they lie. Name base and experts, in its order, before "
+            "`--config`."
+        )
 
 
 def _print_plan(out: Console, plan: MergePlan) -> None:

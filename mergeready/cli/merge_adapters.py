@@ -27,6 +27,8 @@ def merge_into_adapter(
     """
     from mergeready.merging import merge_adapters
 
+    if form == "model":
+        raise OptionError("`--rank` is about adapters: add `--as adapter`, or leave it out.")
     if form not in FORMATS:
         raise OptionError(f"`--as` must be model, {' or '.join(FORMATS)}, not {form!r}.")
     arguments = recipe.options()

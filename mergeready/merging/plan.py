@@ -8,6 +8,7 @@ from heapq import nlargest
 from typing import Any
 
 import torch
+from rich.filesize import decimal
 
 from mergeready.errors import OptionError, listing
 from mergeready.experts.base import Base
@@ -232,14 +233,14 @@ def _require_memory(needs: Mapping[str, int], memory: int | None, settings: Merg
     if memory is None:
         return
     large = [
-        f"{name} ({settings.at(name).method.name}: {need / 1e6:.0f} MB)"
+        f"{name} ({settings.at(name).method.name}: {decimal(need)})"
         for name, need in needs.items()
         if need > memory
     ]
     if large:
         raise OptionError(
-            f"`memory` is {memory / 1e6:.0f} MB, and these parameters need more: {listing(large)}. Raise it to "
-            f"{max(needs.values()) / 1e6:.0f} MB, or give these parameters a method that works on pieces (`overrides`)."
+            f"`memory` is {decimal(memory)}, and these parameters need more: {listing(large)}. Raise it to "
+            f"{decimal(max(needs.values()))}, or give these parameters a method that works on pieces (`overrides`)."
         )
 
 

@@ -34,13 +34,15 @@ def claim(recipe: Recipe) -> Path:
     content = _content(recipe)
     if written.is_file():
         changed = _differences(read_document(written).content, content)
-        if changed:
+        if not changed:
+            return folder
+        if any(path != written for path in folder.iterdir()):
             raise OutputExistsError(
                 f"{folder} holds a run of another recipe: {listing(changed)} changed. Say where this one goes with "
                 f"`--set output=...`, or delete {folder}."
             )
-        return folder
-    if folder.exists() and any(folder.iterdir()):
+        # Otherwise that recipe was refused before it made anything: here is the corrected one.
+    elif folder.exists() and any(folder.iterdir()):
         raise OutputExistsError(f"{folder} exists and holds no run of a recipe. Name another `output`.")
     if is_first_process():
         folder.mkdir(parents=True, exist_ok=True)

@@ -157,14 +157,19 @@ def _at(at: str) -> str:
     return f"step {at}" if at.isdigit() else at.replace("_", " ")
 
 
+def _cpu_time(seconds: float) -> str:
+    return f"{seconds / 3600:.2f} CPU hours" if seconds >= 36 else f"{seconds:.1f} CPU seconds"
+
+
 def _about(results: Results) -> str:
     seeds = sorted(results.labels("seed"))
     first = next(iter(results.contents.values()))
     sizes = [len(result["test"]) for result in first["tasks"].values()]
+    examples = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
     kind = "t intervals over seeds" if len(seeds) > 1 else "bootstrap intervals over examples"
     return (
-        f"Means over {len(sizes)} tasks with {min(sizes)} to {max(sizes)} test examples each; seeds "
+        f"Means of {results.metric} over {len(sizes)} tasks with {examples} test examples each; seeds "
         f"{', '.join(map(str, seeds))}; brackets are 95 % {kind}. Scales (×, one a seed) and steps are chosen on "
         "validation examples; `>` marks a scale whose optimum may lie beyond what was tried. Merging, tuning and "
-        f"testing took {results.merging_seconds() / 3600:.2f} CPU hours."
+        f"testing took {_cpu_time(results.merging_seconds())}."
     )

@@ -34,12 +34,12 @@ def figures(history: History | None, pairs: Pairs | None) -> dict[str, Callable[
     if history is not None:
         for method in history.methods:
             if any(method in probe.merges for probe in history.probes):
-                made[f"Expert and merged with {method}, while it trained"] = _curve(history, method)
+                made[f"Its own task while it trained: expert, and merged with {method}"] = _curve(
+                    history, method
+                )
                 made[f"What each task keeps, merged with {method}"] = _retention(history, method)
-        if any(record.layers for record in history.metrics):
-            made["Growth of the task vector by layer"] = lambda figure: draw_growth(
-                figure.subplots(), history
-            )
+        if sum(bool(record.layers) for record in history.metrics) > 1:  # one step shows no growth
+            made["Growth of the task vector by layer"] = _growth(history)
     if pairs is not None:
         made["Interference with peers"] = lambda figure: draw_pairs(figure, pairs)
     return made
@@ -78,6 +78,15 @@ def _make(draw: Callable[[Any], None], *, plain: bool = False) -> Any:
         figure = Figure(figsize=(6.4, 3.9), layout="constrained")
         draw(figure)
     return figure
+
+
+def _growth(history: History) -> Callable[[Any], None]:
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        draw_growth(axes, history)
+        axes.set_title("")  # the page names its figures
+
+    return draw
 
 
 def _curve(history: History, method: str) -> Callable[[Any], None]:

@@ -37,7 +37,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         OutputExistsError: If ``path`` exists and ``overwrite`` is not set; nothing was written.
     """
     if path.exists() and not overwrite:
-        raise OutputExistsError(f"{path} exists. Name another output, or allow overwriting it.")
+        raise OutputExistsError(f"{path} exists. Name another output, or allow overwriting it (`overwrite`).")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
     temporary.mkdir()

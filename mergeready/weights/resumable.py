@@ -87,7 +87,7 @@ def resumable_folder(path: Path, key: str | None, *, overwrite: bool = False) ->
 
 def _require_free(path: Path, overwrite: bool) -> None:
     if path.exists() and not overwrite:
-        raise OutputExistsError(f"{path} exists. Name another output, or allow overwriting it.")
+        raise OutputExistsError(f"{path} exists. Name another output, or allow overwriting it (`overwrite`).")
 
 
 def _take_lock(root: Path, path: Path) -> int:

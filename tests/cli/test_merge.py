@@ -114,7 +114,7 @@ def test_resources(here: Path, tmp_path: Path, main: Main) -> None:
     arguments = ["merge", "base", "law", "-m", "tsv_m", "-o", tmp_path / "out", "--threads", "2"]
     code, _, error = main(*arguments, "--memory", "1kB")
     assert code == 1
-    assert "`memory` is 0 MB, and these parameters need more" in error
+    assert "`memory` is 1.0 kB, and these parameters need more" in error
     assert list(tmp_path.iterdir()) == []
     succeed(*arguments, "--memory", "100 MB")
     assert (tmp_path / "out").is_dir()
@@ -177,7 +177,7 @@ def test_ranks_of_torchrun(here: Path, tmp_path: Path) -> None:
         assert (tmp_path / "two" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_a_configuration(here: Path, tmp_path: Path, main: Main) -> None:
+def test_a_configuration(here: Path, tmp_path: Path, main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = [
         "base",
         "law",
@@ -201,10 +201,13 @@ def test_a_configuration(here: Path, tmp_path: Path, main: Main) -> None:
     succeed("merge", "encoder", "law", "adapter", "--config", config, "--no-strict", "-o", tmp_path / "other")
     assert "pooler.dense.weight" in read(tmp_path / "other")
     for wrong, message in (
-        (["--scale", "2"], "`scale` belong into"),
-        (["-m", "ties", "-p", "density=1"], "`method`, `parameters` belong into"),
+        (["--scale", "2"], "change `scale` there"),
+        (["-m", "ties", "-p", "density=1"], "change `method`, `parameters` there"),
         (["base", "law"], "merges 2 experts, and 1 are given"),
     ):
         code, _, error = main("merge", *wrong, "--config", config, "-o", tmp_path / "wrong")
         assert (code, message in error) == (1, True), error
+    monkeypatch.chdir(tmp_path)
+    code, _, error = main("merge", "--config", "a/mergeready_merge.yaml", "-o", "wrong")
+    assert (code, "not where they lie. Name base and experts" in error) == (1, True), error
     assert not (tmp_path / "wrong").exists()

@@ -29,7 +29,7 @@ def test_compression_prints_the_energy(here: Path, tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["--as", "lora"], "`--as` must be model, adapter or adapterhub"),
-        (["--rank", "4"], "`--as` must be model, adapter or adapterhub"),
+        (["--rank", "4"], "`--rank` is about adapters: add `--as adapter`"),
         (["--as", "adapter", "--rank", "many"], "`rank` must be"),
         (["--as", "adapter", "-m", "ties"], "ties gives changes of full rank: choose `rank`"),
         (["--as", "adapter", "--arithmetic", "float64"], "belong to merges into a model"),

@@ -63,7 +63,9 @@ def test_memory_is_bounded_or_refused(world: World, tmp_path: Path) -> None:
     bound = merge_plan(world.base_folder, world.folders, "tsv_m", threads=2, memory=need)
     assert bound.peak_bytes == need
     largest = max(free.needs, key=lambda name: free.needs[name])
-    with pytest.raises(OptionError, match=rf"`memory` is \d+ MB, and these .* {largest} \(tsv_m: \d+ MB\)"):
+    with pytest.raises(
+        OptionError, match=rf"`memory` is [\d.]+ \wB, and these .* {largest} \(tsv_m: [\d.]+ \wB\)"
+    ):
         merge_folders(world.base_folder, world.folders, tmp_path / "out", "tsv_m", memory=need - 1)
     assert list(tmp_path.iterdir()) == []
 

@@ -23,7 +23,7 @@ from mergeready.errors import OptionError, OutputExistsError
 from mergeready.recipes import parse_recipe, read_recipe
 from mergeready.recipes.classes import Classes
 from mergeready.recipes.result import RunResult, read_result
-from mergeready.recipes.resume import newest_checkpoint
+from mergeready.recipes.resume import claim, newest_checkpoint
 from mergeready.recipes.run import Run, prepare, run_recipe
 from mergeready.recipes.team import run_team
 from mergeready.training.techniques.registry import make_technique
@@ -91,6 +91,13 @@ def test_a_folder_of_another_recipe_is_refused(whole: tuple[Path, RunResult], tm
     (tmp_path / "thesis.txt").write_text("x")
     with pytest.raises(OutputExistsError, match="holds no run of a recipe"):
         run_recipe(parse_recipe(content(tmp_path)))
+
+
+def test_a_recipe_that_was_refused_does_not_stand_in_the_way_of_the_corrected_one(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="finds no parameter"):
+        run_recipe(parse_recipe(content(tmp_path / "run", freeze=["nothing"])))
+    assert claim(parse_recipe(content(tmp_path / "run"))) == tmp_path / "run"
+    assert "nothing" not in (tmp_path / "run" / "recipe.yaml").read_text()
 
 
 @pytest.mark.parametrize("on_stop", ["stop", "record"])

@@ -78,6 +78,7 @@ def test_tables_say_what_the_cells_say(results: Results) -> None:
     mean, half = -1 / 3, 4.303 * np.std([0, -0.5, -0.5], ddof=1) / np.sqrt(3)
     assert f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]" in text
     assert "took 3.00 CPU hours" in text
+    assert f"Means of {results.metric} over" in text
 
 
 def test_losses_are_best_where_they_are_small(results: Results) -> None:
