@@ -45,33 +45,41 @@ def merge(
         ),
     ] = None,
     method: Annotated[
-        str | None, typer.Option("-m", "--method", help="Merge method.", show_default="task_arithmetic")
+        str | None,
+        typer.Option("-m", "--method", help="Merge method; task_arithmetic by default.", show_default=False),
     ] = None,
     scale: Annotated[
-        float | None, typer.Option(help="Factor on the merged delta.", show_default="1.0")
+        float | None, typer.Option(help="Factor on the merged delta; 1 by default.", show_default=False)
     ] = None,
-    weights: Annotated[str | None, typer.Option(help="One factor an expert, such as 1,0.5.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="One factor an expert, such as 1,0.5; 1 each by default.")
+    ] = None,
     density: Annotated[
-        float | None, typer.Option(help="Share of entries kept, for methods that drop some.")
+        float | None,
+        typer.Option(help="Share of entries kept, for methods that drop some; each has its own default."),
     ] = None,
     param: Annotated[
         list[str] | None, typer.Option("-p", "--param", help="Another parameter: name=value.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Output dtype: float32, bfloat16 or float16.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Output dtype: float32, bfloat16 or float16; the base's by default.")
+    ] = None,
     arithmetic: Annotated[
-        str | None, typer.Option(help="Dtype of sums: float32 or float64.", show_default="float32")
+        str | None, typer.Option(help="Dtype of sums: float32, the default, or float64.", show_default=False)
     ] = None,
     form: Annotated[
-        str, typer.Option("--as", help="What to write: a model, or an adapter of PEFT or AdapterHub.")
+        str, typer.Option("--as", help="What to write: model, adapter (of PEFT) or adapterhub.")
     ] = "model",
     rank: Annotated[
         str | None,
         typer.Option(
-            help="Rank of an adapter, or the share of energy to keep, such as 0.9.", show_default="exact"
+            help="Rank of an adapter, or the share of energy to keep, such as 0.9; by default what is exact.",
+            show_default=False,
         ),
     ] = None,
     memory: Annotated[
-        str | None, typer.Option(help="Most memory for tensors, such as 500MB.", show_default=False)
+        str | None,
+        typer.Option(help="Most memory for tensors, such as 500MB; no limit by default.", show_default=False),
     ] = None,
     threads: Annotated[
         int | None, typer.Option(help="Number of threads; one a core by default.", show_default=False)

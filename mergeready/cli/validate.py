@@ -41,7 +41,7 @@ def validate(
         Path | None, typer.Option(help="For --eval lm-eval:…, a folder with task files of your own.")
     ] = None,
     eval_limit: Annotated[
-        int | None, typer.Option(help="For --eval lm-eval:…, examples of each task at most.")
+        int | None, typer.Option(help="For --eval lm-eval:…, examples of each task at most; all by default.")
     ] = None,
     eval_data: Annotated[
         Path | None,
@@ -59,7 +59,9 @@ def validate(
     fail_on: Annotated[
         Literal["error", "warning", "info"], typer.Option(help="Least severity that makes the exit code 1.")
     ] = "error",
-    thresholds: Annotated[Path | None, typer.Option(help="YAML file with thresholds of your own.")] = None,
+    thresholds: Annotated[
+        Path | None, typer.Option(help="YAML file with thresholds of your own; the others stay as shipped.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Also write the report: .json, or .html for a page.")
     ] = None,

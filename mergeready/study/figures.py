@@ -62,7 +62,9 @@ def _draw_curves(results: Results, arms: Sequence[str], folder: Path) -> list[Pa
         axes.set_title(arm, fontsize=11)
     for axes in panels[len(arms) :]:
         axes.set_visible(False)
-    panels[0].set_ylabel(f"test {results.metric}, mean over tasks")
+    for axes in panels[::columns]:
+        axes.set_ylabel(f"test {results.metric}, mean over tasks")
+        _keep_possible(axes.set_ylim, axes.get_ylim(), results.metric)
     _legend(figure, panels[0], "diamonds: the step that validation data choose")
     return _save(figure, folder, "curves")
 
@@ -131,6 +133,7 @@ def _draw_arms(results: Results, arms: Sequence[str], folder: Path) -> list[Path
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.25)
     axes.set_xlabel(f"test {results.metric}, mean over tasks")
+    _keep_possible(axes.set_xlim, axes.get_xlim(), results.metric)
     _plain_frame(axes)
     _legend(figure, axes, "dots: the end of training; diamonds: the step that validation data choose")
     return _save(figure, folder, "arms")
@@ -171,6 +174,12 @@ def _step_axis(axes: Any, steps: Sequence[int]) -> None:
     axes.set_xlabel("training step")
     axes.grid(alpha=0.25)
     _plain_frame(axes)
+
+
+def _keep_possible(set_limits: Any, limits: tuple[float, float], metric: str | None) -> None:
+    """Intervals of few seeds reach beyond what an accuracy can be, and would press all values into a strip."""
+    if "accuracy" in (metric or ""):
+        set_limits(max(limits[0], -0.02), min(limits[1], 1.02))
 
 
 def _plain_frame(axes: Any) -> None:

@@ -260,16 +260,29 @@ def _sentence(item: Any) -> str:
     if item["type"] == "missing":
         return f"`{key}` is missing"
     if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(item["loc"][-1]), _known_keys(), n=1)
-        hint = f", did you mean `{near[0]}`?" if near else f"; known keys are {', '.join(_known_keys())}"
+        known = _known_keys(item["loc"][:-1])
+        near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+        hint = f", did you mean `{near[0]}`?" if near else f"; known keys there are {', '.join(known)}"
         return f"`{key}` is unknown{hint}"
     message = item["msg"].removeprefix("Value error, ")
     return f"`{key}`: {message} (given: {item['input']!r})" if key else message
 
 
-def _known_keys() -> list[str]:
-    models = (StudySettings, SuiteSettings, Arm, RateSettings, StopSettings, AdapterSettings)
-    return sorted({"train", "axes", *_RESERVED, *(key for model in models for key in model.model_fields)})
+def _known_keys(place: Sequence[int | str]) -> list[str]:
+    """Keys that may stand at a place, named by the keys that lead to it."""
+    if not place:
+        return sorted({"train", "axes", *StudySettings.model_fields})
+    if place[0] == "methods":
+        return sorted(_RESERVED)
+    if len(place) == 2 and place[0] == "arms":  # whatever the arm is called
+        return sorted(Arm.model_fields)
+    parts: dict[int | str, type[BaseModel]] = {
+        "suite": SuiteSettings,
+        "schedule": RateSettings,
+        "stop": StopSettings,
+        "adapter": AdapterSettings,
+    }
+    return sorted(parts.get(place[-1], Arm).model_fields)
 
 
 def _product(

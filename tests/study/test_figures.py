@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from matplotlib.figure import Figure
 
 from mergeready.study import figures
 
@@ -33,3 +34,12 @@ def test_colours_of_one_figure_differ(own: int) -> None:
         "average", "ties", "task_arithmetic", "tsv_m", "dare_ties", *(f"own {i}" for i in range(own))
     )
     assert len(set(found.values())) == len(found) == own + 6
+
+
+def test_intervals_of_few_seeds_do_not_reach_beyond_what_an_accuracy_can_be() -> None:
+    axes = Figure().subplots()
+    axes.plot([-0.7, 1.7], [1, 1])
+    for metric, low, high in (("accuracy", -0.02, 1.02), ("loss", *axes.get_xlim())):
+        axes.autoscale()
+        figures._keep_possible(axes.set_xlim, axes.get_xlim(), metric)
+        assert axes.get_xlim() == pytest.approx((low, high))

@@ -37,6 +37,19 @@ def test_every_offender_is_named_with_its_key_and_a_fix() -> None:
         assert part in message
 
 
+@pytest.mark.parametrize(
+    ("changes", "keys"),
+    [
+        ({"zzz": 1}, "arms, axes, counts, max_evaluations, methods, metric, name,"),
+        ({"arms": {"schedule": {"zzz": 1}}}, "adapter, batch_size, checkpoints, clip_norm,"),
+        ({"arms": {"a": {"schedule": {"zzz": 1}}}}, "factor, kind, patience, warmup_steps"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_those_of_its_place(changes: dict[str, object], keys: str) -> None:
+    with pytest.raises(OptionError, match=f"zzz` is unknown; known keys there are {keys}"):
+        parse_study(content(**changes))
+
+
 def test_unordered_steps_and_names_that_are_no_file_names_are_refused() -> None:
     with pytest.raises(OptionError, match=r"`steps` must rise, as in \[2, 4\]; 'a/b' cannot name a file"):
         parse_study(content(steps=[4, 2], arms={"a/b": {}}))
