@@ -26,7 +26,7 @@ from mergeready.training.measure import measure
 from mergeready.training.peers import Peer, PeerLike
 from mergeready.training.peers_of_run import peers_of_run
 from mergeready.training.picks import Picks, PickStore, Save
-from mergeready.training.policies import Decision, Policy
+from mergeready.training.policies import Decision, Policy, needs_probes
 from mergeready.training.probe import Probe, Prober
 from mergeready.training.records import DecisionRecord, Record
 from mergeready.training.references import measure_references
@@ -163,6 +163,10 @@ class Monitor:
         require_readable(model)
         self.ranks = Ranks.world()
         self.folder = Path(folder)
+        if self.probe is None and needs_probes(self.stop) and self.ranks.is_first:
+            logger.warning(
+                "`stop` looks at probes, and there are none: it will never stop. Give the run a `probe`."
+            )
         given = list(optimizers)
         for optimizer in given:
             take_off(optimizer, unwrap(model))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from mergeready.errors import OptionError
 from mergeready.training.history import History
@@ -36,6 +36,8 @@ class MergedPlateau:
         methods: Labels of the merge methods that must have stopped improving; None for all that the newest probe ran.
         min_step: Never stop before this step.
     """
+
+    needs_probes: ClassVar[bool] = True
 
     patience: int = 3
     min_delta: float = 0.0
@@ -77,6 +79,8 @@ class ExpertPlateau:
         min_delta: Smallest change that counts as improvement, in units of the metric.
         min_step: Never stop before this step.
     """
+
+    needs_probes: ClassVar[bool] = True
 
     patience: int = 3
     min_delta: float = 0.0
@@ -128,6 +132,7 @@ class AnyOf:
 
     def __init__(self, *policies: Policy) -> None:
         self.policies = _check_policies(policies)
+        self.needs_probes = all(map(needs_probes, self.policies))
 
     def __call__(self, history: History) -> Decision:
         decisions = [policy(history) for policy in self.policies]
@@ -140,11 +145,21 @@ class AllOf:
 
     def __init__(self, *policies: Policy) -> None:
         self.policies = _check_policies(policies)
+        self.needs_probes = any(map(needs_probes, self.policies))
 
     def __call__(self, history: History) -> Decision:
         decisions = [policy(history) for policy in self.policies]
         waiting = [decision.reason for decision in decisions if not decision.stop]
         return Decision(not waiting, "; ".join(waiting or [d.reason for d in decisions]))
+
+
+def needs_probes(policy: Policy | None) -> bool:
+    """Whether a policy can never say stop in a run without probes, as far as it is known: by ``needs_probes``.
+
+    >>> [needs_probes(policy) for policy in (MergedPlateau(), AnyOf(MergedPlateau(), NormBudget(max_norm=1)))]
+    [True, False]
+    """
+    return bool(getattr(policy, "needs_probes", False))
 
 
 def _check_plateau(patience: int, min_delta: float) -> None:

@@ -26,12 +26,13 @@ from mergeready.training.history import History, read_history
 from mergeready.training.monitor import Monitor, Outcome
 from mergeready.training.peers import Peer
 from mergeready.training.picks import Picks
-from mergeready.training.policies import Decision, MergedPlateau, NormBudget
+from mergeready.training.policies import AllOf, AnyOf, Decision, ExpertPlateau, MergedPlateau, NormBudget
 from mergeready.training.probe import Probe
 from mergeready.training.records import MetricsRecord, StartRecord
 from mergeready.training.save import save_expert
 from mergeready.training.scalars import scalars
 from mergeready.training.schedule import Schedule
+from mergeready.training.techniques.plateau_schedule import PlateauSchedule
 from tests.training.small import Evaluation, Net, OneNumber, equal, expert, near, state_of, train, train_on
 
 ALWAYS = Schedule(every=1)
@@ -101,6 +102,26 @@ class TestARun:
         )
         assert monitor.last_scalars() == scalars(monitor.history.metrics[-1])
         assert not (tmp_path / "picks").exists()
+
+    @pytest.mark.parametrize(
+        ("stop", "said"),
+        [
+            (MergedPlateau(), True),
+            (PlateauSchedule(), True),
+            (AnyOf(MergedPlateau(), ExpertPlateau()), True),
+            (AllOf(MergedPlateau(), NormBudget(max_norm=1.0)), True),
+            (AnyOf(MergedPlateau(), NormBudget(max_norm=1.0)), False),
+            (NormBudget(max_norm=1.0), False),
+        ],
+    )
+    def test_a_policy_that_can_never_stop_is_told(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, stop: Any, said: bool
+    ) -> None:
+        watch(tmp_path, stop=stop)
+        assert ("it will never stop" in caplog.text) == said
+        caplog.clear()
+        watch(tmp_path, stop=stop, probe=quick_probe())
+        assert "it will never stop" not in caplog.text
 
     def test_layers_that_are_unfrozen_on_the_way_are_followed(self, tmp_path: Path) -> None:
         seen: list[Tensor] = []

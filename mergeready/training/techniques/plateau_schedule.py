@@ -41,6 +41,7 @@ class PlateauSchedule(Technique):
 
     name: ClassVar[str] = "plateau_schedule"
     touches: ClassVar[frozenset[Touch]] = frozenset({Touch.LEARNING_RATE})
+    needs_probes: ClassVar[bool] = True
 
     on: Literal["expert", "merged"] = "expert"
     patience: int = 2
