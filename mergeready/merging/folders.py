@@ -4,13 +4,14 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from filecmp import cmp
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mergeready.errors import LostRankError, OptionError
+from mergeready.errors import LostRankError, OptionError, UnsupportedError, listing
 from mergeready.experts.base import Base
 from mergeready.experts.open import ExpertLike
 from mergeready.experts.record import write_record
@@ -31,7 +32,7 @@ from mergeready.weights.open import WeightsLike
 from mergeready.weights.ranks import Ranks
 from mergeready.weights.resumable import Workspace, resumable_folder
 from mergeready.weights.source import chunk_ranges, is_mergeable
-from mergeready.weights.writer import PieceWriter, copy_companions
+from mergeready.weights.writer import PieceWriter, copy_companions, module_weights
 
 Progress = Callable[[int, int], None]
 """Called from any thread, one call at a time, with bytes moved so far and bytes to move."""
@@ -116,6 +117,8 @@ def merge_folders(
                 **parameters,
             )
             require_apart(output, [job.base.folder, *(expert.folder for expert in job.experts)])
+            if strict:
+                _require_modules_of_the_base(job)
             _config_of_result(job)  # to fail before work is done, not after
             key = job_key(job)
         _require_same(ranks, job, key)
@@ -134,6 +137,28 @@ def require_apart(output: Path, inputs: Sequence[Path | None]) -> None:
         if folder is not None and output.resolve() in folder.resolve().parents:
             raise OptionError(
                 f"{output} holds {folder}, which is an input of this merge. Name another output."
+            )
+
+
+def _require_modules_of_the_base(job: MergeJob) -> None:
+    """Refuse experts that trained weights which lie beside the model's own and come from the base.
+
+    Raises:
+        UnsupportedError: If there are any.
+    """
+    for expert in job.experts:
+        if job.base.folder is None or expert.folder is None:
+            continue
+        pairs = {
+            file: (job.base.folder / file, expert.folder / file) for file in module_weights(expert.folder)
+        }
+        trained = [
+            f for f, (old, new) in pairs.items() if not old.is_file() or not cmp(old, new, shallow=False)
+        ]
+        if trained:
+            raise UnsupportedError(
+                f"{expert.label} has weights of its own in {listing(map(str, trained))}. Modules of a sentence "
+                "encoder beside its transformer are not merged: pass strict=False to keep the base's."
             )
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import threading
@@ -16,6 +17,7 @@ from torch import Tensor
 from mergeready.errors import FormatError
 from mergeready.weights.atomic import new_file, new_folder
 from mergeready.weights.layout import DEFAULT_SHARD_BYTES, FolderLayout
+from mergeready.weights.safetensors_folder import SINGLE_NAME
 from mergeready.weights.source import TensorInfo
 
 _COMPANIONS = (
@@ -214,12 +216,25 @@ def write_file(
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy config, tokenizer and licence files of a model folder: everything needed to load, no weights."""
+    """Copy config, tokenizer and licence files of a model folder: everything needed to load, but for its weights."""
+    modules = module_weights(source)
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
-        if path.is_file() and len(relative.parts) <= 2 and _is_companion(relative):
+        if path.is_file() and len(relative.parts) <= 2 and (_is_companion(relative) or relative in modules):
             (target / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target / relative)
+
+
+def module_weights(folder: Path) -> list[Path]:
+    """The weights of a sentence encoder's further modules, such as a dense layer, as paths in its folder."""
+    try:
+        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return []
+    entries = modules if isinstance(modules, list) else []
+    names = [str(entry.get("path") or "") for entry in entries if isinstance(entry, Mapping)]
+    files = [Path(name) / SINGLE_NAME for name in names if name and Path(name).name == name]
+    return [file for file in files if (folder / file).is_file()]
 
 
 def _is_companion(relative: Path) -> bool:

@@ -29,6 +29,7 @@ from mergeready.errors import (
     NonFiniteError,
     OptionError,
     OutputExistsError,
+    UnsupportedError,
 )
 from mergeready.experts import open_expert
 from mergeready.merging import make_method, merge_folders, method_names
@@ -240,6 +241,22 @@ def test_the_output_may_take_the_place_of_an_input(world: World, tmp_path: Path)
         merge_folders(tmp_path / "base", [tmp_path / "expert"], tmp_path / target, scale=0.5, overwrite=True)
     close(tensors_of(tmp_path / "expert"), summed(world.base, world.experts[:1], [1], 0.5))
     close(tensors_of(tmp_path / "base"), summed(world.base, world.experts[:1], [1], 0.25))
+
+
+def test_further_modules_of_a_sentence_encoder(world: World, tmp_path: Path) -> None:
+    """Their weights lie in folders of their own: the base's come along, an expert's own are not merged."""
+    base = shutil.copytree(world.base_folder, tmp_path / "base")
+    same, own = (shutil.copytree(world.folders[0], tmp_path / name) for name in ("same", "own"))
+    for folder, value in ((base, 1.0), (same, 1.0), (own, 2.0)):
+        (folder / "modules.json").write_text('[{"path": ""}, {"path": "2_Dense"}]')
+        (folder / "2_Dense").mkdir()
+        save_file({"linear.weight": torch.full((2, 2), value)}, folder / "2_Dense" / "model.safetensors")
+    with pytest.raises(UnsupportedError, match=r"own has weights of its own in 2_Dense.*strict=False"):
+        merge_folders(base, [same, own], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    for name, experts, strict in (("a", [same, world.adapter_folder], True), ("b", [own], False)):
+        out = merge_folders(base, experts, tmp_path / name, strict=strict)
+        assert load_file(out / "2_Dense" / "model.safetensors")["linear.weight"].tolist() == [[1, 1], [1, 1]]
 
 
 def broken_expert(world: World, folder: Path, value: float) -> Path:

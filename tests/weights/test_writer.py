@@ -129,6 +129,22 @@ def test_no_tensors_make_an_empty_file(tmp_path: Path) -> None:
     assert load_file(tmp_path / "out" / "model.safetensors") == {}
 
 
+def test_weights_of_further_modules_come_along(tmp_path: Path) -> None:
+    """Sentence encoders do not load without those that their list of modules names."""
+    for name in ("2_Dense", "3_Other", "4_Pickled"):
+        (tmp_path / "base" / name).mkdir(parents=True)
+        kind = "pytorch_model.bin" if name == "4_Pickled" else "model.safetensors"
+        (tmp_path / "base" / name / kind).write_text("weights")
+    named = [{"path": ""}, {"path": "2_Dense"}, {"path": "../base/3_Other"}, {"path": "4_Pickled"}, {}, "x"]
+    (tmp_path / "base" / "modules.json").write_text(json.dumps(named))
+    write(tmp_path / "out", SOME, companions=tmp_path / "base")
+    assert (tmp_path / "out" / "2_Dense" / "model.safetensors").read_text() == "weights"
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()] == ["2_Dense"]
+    (tmp_path / "base" / "modules.json").write_text("[")
+    write(tmp_path / "plain", SOME, companions=tmp_path / "base")
+    assert not (tmp_path / "plain" / "2_Dense").exists()
+
+
 def test_companions_come_along_and_nothing_else(tmp_path: Path) -> None:
     wanted = [
         "config.json",
