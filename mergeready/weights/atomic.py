@@ -36,7 +36,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         OutputExistsError: If ``path`` exists and ``overwrite`` is not set; nothing was written.
     """
-    if path.exists() and not overwrite:
+    if is_taken(path) and not overwrite:
         raise OutputExistsError(f"{path} exists. Name another output, or allow overwriting it (`overwrite`).")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
@@ -49,9 +49,14 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def is_taken(path: Path) -> bool:
+    """Whether something lies at a path, be it a link that leads nowhere."""
+    return path.exists() or path.is_symlink()
+
+
 def take_place(temporary: Path, path: Path) -> None:
     """Rename a complete folder to ``path``; what was there is moved aside first and deleted last."""
-    old = _beside(path) if path.exists() else None
+    old = _beside(path) if is_taken(path) else None
     if old is not None:
         path.rename(old)
     try:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mergeready.errors import BusyError, LostRankError, OutputExistsError
-from mergeready.weights.atomic import new_file, sync_folder, sync_tree, take_place
+from mergeready.weights.atomic import is_taken, new_file, sync_folder, sync_tree, take_place
 
 _LOCK, _KEY, _FOLDER = "lock", "key", "folder"
 
@@ -86,7 +86,7 @@ def resumable_folder(path: Path, key: str | None, *, overwrite: bool = False) ->
 
 
 def _require_free(path: Path, overwrite: bool) -> None:
-    if path.exists() and not overwrite:
+    if is_taken(path) and not overwrite:
         raise OutputExistsError(f"{path} exists. Name another output, or allow overwriting it (`overwrite`).")
 
 

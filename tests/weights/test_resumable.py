@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from mergeready.errors import BusyError, LostRankError, OutputExistsError
+from mergeready.weights.atomic import new_folder
 from mergeready.weights.resumable import Workspace, resumable_folder
 from tests.weights.test_atomic import Interrupt, names
 
@@ -120,3 +121,15 @@ def test_who_waited_finds_the_output_there(tmp_path: Path, monkeypatch: pytest.M
         sit(tmp_path / "out", "key", "second")
     assert names(tmp_path) == ["out"]
     assert (tmp_path / "out" / "log").read_text() == "first"
+
+
+def test_a_link_that_leads_nowhere_is_an_output_that_exists(tmp_path: Path) -> None:
+    """It was met at the last step only, when all work was done."""
+    (tmp_path / "out").symlink_to(tmp_path / "unmounted")
+    for block in (resumable_folder(tmp_path / "out", None), new_folder(tmp_path / "out")):
+        with pytest.raises(OutputExistsError), block:
+            pass
+    with resumable_folder(tmp_path / "out", None, overwrite=True) as workspace:
+        (workspace.folder / "x").write_text("new")
+    assert (tmp_path / "out" / "x").read_text() == "new"
+    assert not (tmp_path / "out").is_symlink()
