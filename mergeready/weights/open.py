@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TypeAlias
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ WeightsLike: TypeAlias = str | Path | Mapping[str, Tensor] | nn.Module | WeightS
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
 _PICKLE_NAME = "pytorch_model.bin"
+_PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
 
 
 def open_weights(
@@ -31,8 +33,8 @@ def open_weights(
     Args:
         weights: A folder, a hub id, a state dict, a live module, or a source that is open already.
         revision: Commit, tag or branch; only for a hub id.
-        allow_pickle: Also accept ``pytorch_model.bin`` (read with ``weights_only=True``, whole in memory
-            maps). Off by default, since pickle files can run code.
+        allow_pickle: Also accept ``pytorch_model.bin`` or another pickle file (read with ``weights_only=True``, as
+            memory maps where torch 1.6 or later wrote it). Off by default, since pickle files can run code.
 
     Raises:
         FormatError: If there is nothing that can be read there.
@@ -44,6 +46,8 @@ def open_weights(
     if isinstance(weights, Mapping):
         return StateDictSource(weights)
     folder = resolve_folder(weights, revision=revision)
+    if folder.is_file() and folder.suffix in _PICKLES:
+        return open_tensor_file(folder, str(weights), allow_pickle=allow_pickle)
     has_safetensors = folder.is_file() or (folder / INDEX_NAME).exists() or (folder / SINGLE_NAME).exists()
     if not has_safetensors and (folder / _PICKLE_NAME).is_file():
         return open_tensor_file(folder / _PICKLE_NAME, allow_pickle=allow_pickle)
@@ -90,7 +94,9 @@ def open_tensor_file(path: Path, label: str | None = None, *, allow_pickle: bool
             "or pass allow_pickle=True if you trust its author."
         )
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=is_zipfile(path)
+        )  # not before torch 1.6
     except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise FormatError(
             f"{path} cannot be read as tensors alone ({error}). Convert it to safetensors."

@@ -56,6 +56,16 @@ def test_pickle_needs_a_flag(tmp_path: Path) -> None:
     assert str(tmp_path) in source.label
 
 
+def test_pickles_of_old_versions_and_by_their_own_path(tmp_path: Path) -> None:
+    """Before 1.6, torch wrote no archive, which could be mapped."""
+    for name, archive in (("pytorch_model.bin", False), ("weights.pt", True)):
+        torch.save({"a": torch.arange(4.0)}, tmp_path / name, _use_new_zipfile_serialization=archive)
+        with pytest.raises(FormatError, match=f"{name} is a pickle file, which can run code"):
+            open_weights(tmp_path / name)
+        assert open_weights(tmp_path / name, allow_pickle=True).read("a").tolist() == [0, 1, 2, 3]
+    assert list(open_weights(tmp_path, allow_pickle=True).infos) == ["a"]
+
+
 def test_safetensors_win_over_pickle(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
     save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
