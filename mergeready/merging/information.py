@@ -7,17 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeGuard, cast, get_args
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mergeready.errors import FormatError, MismatchError, OptionError, listing
 from mergeready.experts.identity import BaseIdentity
 from mergeready.experts.task_vector import TaskVector
-from mergeready.weights.atomic import new_file
 from mergeready.weights.open import WeightsLike, open_weights
 from mergeready.weights.safetensors_folder import SafetensorsFolder
 from mergeready.weights.source import WeightSource
 from mergeready.weights.state_dict import StateDictSource
+from mergeready.weights.writer import write_tensors
 
 Kind: TypeAlias = Literal["fisher", "input_grams"]
 _METADATA_KEY = "mergeready"
@@ -57,8 +56,7 @@ class Collected(StateDictSource):
         }
         tensors = {name: self.read(name).cpu().contiguous() for name in self.infos}
         tensors |= {alias: tensors[name].clone() for alias, name in self.aliases.items()}
-        with new_file(path) as temporary:
-            save_file(tensors, temporary, {"format": "pt", _METADATA_KEY: json.dumps(record)})
+        write_tensors(path, tensors, {_METADATA_KEY: json.dumps(record)})
         return path
 
 

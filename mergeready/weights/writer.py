@@ -215,6 +215,20 @@ def write_file(
             writer.require_whole(infos)
 
 
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors that are in memory to one safetensors file, complete or not at all.
+
+    Raises:
+        OSError: If the disk is full, where the safetensors library has an error of its own.
+    """
+    infos = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    with write_file(path, infos, metadata or {}) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+
+
 def copy_companions(source: Path, target: Path) -> None:
     """Copy config, tokenizer and licence files of a model folder: everything needed to load, but for its weights."""
     modules = module_weights(source)

@@ -10,11 +10,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
 
-from mergeready import MergeReadyLoop, Picks, Probe, Schedule, merge, open_expert, read_history
+from mergeready import (
+    MergeReadyLoop,
+    Picks,
+    Probe,
+    Schedule,
+    merge,
+    merge_adapters,
+    open_expert,
+    read_history,
+)
 from mergeready.experts import Base
+from mergeready.merging.information import Collected
 from mergeready.metrics.take_fingerprint import take_fingerprint
 from mergeready.validation.page import write_page
 from mergeready.validation.run import validate
@@ -62,6 +73,17 @@ def fingerprinted(world: Path, out: Path) -> Callable[[], object]:
     return lambda: made.save(out / "law.fingerprint.safetensors")
 
 
+def adapted(world: Path, out: Path) -> Callable[[], object]:
+    model = get_peft_model(tiny_bert(), LoraConfig(target_modules=["query"]))
+    perturb(model, 1).save_pretrained(world / "adapter")
+    return lambda: merge_adapters(world / "base", [world / "adapter"], out / "merged", overwrite=True)
+
+
+def informed(world: Path, out: Path) -> Callable[[], object]:
+    made = Collected(tiny_bert().state_dict(), "fisher")
+    return lambda: made.save(out / "law.fisher.safetensors")
+
+
 def reported(world: Path, out: Path) -> Callable[[], object]:
     report = validate(world / "law", world / "base")
     return lambda: write_page(out / "report.html", report, None)
@@ -72,7 +94,14 @@ def carded(world: Path, out: Path) -> Callable[[], object]:
     return lambda: update_card(out, {"tags": ["merge"]}, section)
 
 
-WRITERS = {"merge": merged, "fingerprint": fingerprinted, "report": reported, "card": carded}
+WRITERS = {
+    "merge": merged,
+    "adapter": adapted,
+    "fingerprint": fingerprinted,
+    "information": informed,
+    "report": reported,
+    "card": carded,
+}
 
 
 @pytest.mark.parametrize("size", [0, 1, 4096])

@@ -16,6 +16,7 @@ from mergeready.experts.base import Base
 from mergeready.merging.adapters.changes import Changes
 from mergeready.merging.adapters.peft_output import stored_factors
 from mergeready.weights.json_file import read_json_object
+from mergeready.weights.writer import write_tensors
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter.safetensors"
 ADAPTER_NAME = "merged"
@@ -112,12 +113,10 @@ def write_adapterhub(
     folder: Path, changes: Changes, base: Base, inherited: Mapping[str, Any], dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Write the adapter into a folder that is being made; returns its tensors."""
-    from safetensors.torch import save_file
-
     tensors = adapterhub_tensors(changes, base, dtype)
     config = adapterhub_config(changes, tensors, base, inherited)
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    save_file(tensors, folder / WEIGHTS_NAME)
+    write_tensors(folder / WEIGHTS_NAME, tensors)
     return tensors
 
 

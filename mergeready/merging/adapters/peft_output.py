@@ -15,6 +15,7 @@ from mergeready.errors import UnsupportedError, listing
 from mergeready.experts.base import Base
 from mergeready.experts.delta import LowRank
 from mergeready.merging.adapters.changes import Changes, Factors
+from mergeready.weights.writer import write_tensors
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -118,12 +119,10 @@ def write_peft(
     folder: Path, changes: Changes, base: Base, inherited: Mapping[str, Any], dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Write the adapter into a folder that is being made; returns its tensors."""
-    from safetensors.torch import save_file
-
     config = peft_config(changes, base, inherited)
     tensors = peft_tensors(changes, base, dtype)
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    write_tensors(folder / WEIGHTS_NAME, tensors)
     return tensors
 
 
