@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from benchmarks import study_report, study_words
+from benchmarks import study_report, study_words, techniques_page
 from mergeready.merging import method_names
 from mergeready.study.results import Results, Sample
 from mergeready.study.settings import RateSettings
 from mergeready.training.records import Estimate
 from mergeready.training.settings import RunSettings
+from mergeready.training.techniques.kronecker_filter import KroneckerFilter
 from mergeready.training.techniques.kronecker_penalty import KroneckerPenalty
 
 ROOT = Path(study_report.__file__).parent.parent
@@ -106,29 +108,62 @@ def test_the_recommended_technique_differs_as_the_cells_say() -> None:
     assert spectral.value < 0
 
 
-def test_the_kronecker_penalty_is_by_default_what_helped_most() -> None:
-    arms = study("techniques_eight").settings.arms
-    results, plain, chosen = kept("techniques_eight"), ("cosine", 160), "kronecker_weakly"
-    [given] = arms[chosen].techniques
+def change_of(arm: str, method: str, plain: str = "cosine") -> Sample:
+    """Among eight experts."""
+    found = kept("techniques_eight").difference((arm, 160, method), (plain, 160, method))
+    assert found is not None
+    return found
+
+
+def options_of(arm: str) -> dict[str, Any]:
+    [given] = study("techniques_eight").settings.arms[arm].techniques
     assert isinstance(given, dict)
-    options = given["kronecker_penalty"]
-    default = KroneckerPenalty(factors=["peer"])
-    assert (default.strength, default.every) == (options["strength"], options["every"])
+    [options] = given.values()
+    assert options is not None
+    return options
 
-    def change(arm: str, method: str) -> Sample:
-        found = results.difference((arm, 160, method), (*plain, method))
-        assert found is not None
-        return found
 
-    gains = {arm: change(arm, "task_arithmetic").value for arm in arms if arm != "cosine"}
-    assert max(gains, key=lambda arm: gains[arm]) == chosen
+def test_the_kronecker_filter_is_by_default_what_was_measured() -> None:
+    chosen = techniques_page.RECOMMENDED
+    default, options = KroneckerFilter(factors=["peer"]), options_of(chosen)
+    assert (default.strength, default.every, default.rank) == tuple(
+        options[key] for key in ("strength", "every", "rank")
+    )
     for method in ("task_arithmetic", "ties"):
-        assert change(chosen, method).over_seeds().low > 0  # type: ignore[operator]
-    assert round(gains[chosen], 2) == 0.05
+        assert change_of(chosen, method).over_seeds().low > 0  # type: ignore[operator]
+    gain, over = (change_of(chosen, "task_arithmetic", plain) for plain in ("cosine", "plateau"))
+    assert gain.value >= 0.05
+    assert over.value >= 0.02
+    assert over.over_seeds().low > 0  # type: ignore[operator]
+    assert round(gain.value, 2) == 0.05
     assert "about five points" in " ".join((ROOT / "README.md").read_text().split())
-    assert -0.02 < change(chosen, "expert").value < change("kronecker_faintly", "expert").value < 0
-    spectral = change(chosen, "tsv_m").over_seeds()
+    spectral = change_of(chosen, "tsv_m").over_seeds()
     assert spectral.low < 0 < spectral.high  # type: ignore[operator]
+
+
+def test_the_filter_costs_experts_less_than_penalties_that_gain_as_much_or_less() -> None:
+    arms = study("techniques_eight").settings.arms
+    loss = change_of(techniques_page.RECOMMENDED, "expert").value
+    assert -0.01 <= loss < 0
+    others = [arm for arm in arms if arm not in ("cosine", "plateau", techniques_page.RECOMMENDED)]
+    assert others
+    assert all(change_of(arm, "expert").value < loss for arm in others)
+    most = max(others, key=lambda arm: change_of(arm, "task_arithmetic").value)
+    assert (
+        change_of(most, "task_arithmetic").value
+        < 0.01 + change_of("kronecker_filter", "task_arithmetic").value
+    )
+    ties = {arm: change_of(arm, "ties").value for arm in arms if arm != "cosine"}
+    assert max(ties, key=lambda arm: ties[arm]) == techniques_page.RECOMMENDED
+
+
+def test_the_kronecker_penalty_is_by_default_what_helped_most_of_penalties() -> None:
+    default, options = KroneckerPenalty(factors=["peer"]), options_of("kronecker_weakly")
+    assert (default.strength, default.every) == (options["strength"], options["every"])
+    penalties = [arm for arm in study("techniques_eight").settings.arms if arm.startswith("kronecker_")]
+    penalties.remove(techniques_page.RECOMMENDED)
+    gains = {arm: change_of(arm, "task_arithmetic").value for arm in penalties}
+    assert max(gains, key=lambda arm: gains[arm]) == "kronecker_weakly"
 
 
 def test_pages_are_what_the_cells_give() -> None:
