@@ -164,6 +164,12 @@ class PeftConfig:
         named = self.fields.get("target_parameters") or []
         return list(dict.fromkeys(str(name).rpartition(".")[2] for name in named))
 
+    def trains_whole(self, module: str) -> bool:
+        """Whether a module is one of those that `modules_to_save` names, or lies inside of one."""
+        named = self.fields.get("modules_to_save") or ()
+        names = named if isinstance(named, list | tuple | set) else (named,)
+        return any(f".{name}." in f".{module}." for name in names)
+
     @property
     def scores_tokens(self) -> bool:
         """Whether the adapted model may have a head over tokens, as far as its task says."""

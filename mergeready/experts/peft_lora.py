@@ -121,8 +121,9 @@ class _PeftBuilder(AdapterBuilder):
     config: PeftConfig
 
     def add_stored(self, name: str, key: str) -> None:
-        """Add what is stored whole, unless it is the base below the adapter, which is no change."""
-        if key.endswith(".base_layer.weight") and self._is_the_base_s(name, key):
+        """Add what is stored whole, unless PEFT stored a frozen weight that is the base's, which is no change."""
+        frozen = ".base_layer." in key or not self.config.trains_whole(name.rpartition(".")[0])
+        if frozen and key.endswith(".weight") and self._is_the_base_s(name, key):
             return
         if _ROWS_BASE in key:
             self.problems.append(f"the embeddings below the trained rows of {name} are not the base's")
@@ -130,8 +131,10 @@ class _PeftBuilder(AdapterBuilder):
         self.add_copy(name, key)
 
     def _is_the_base_s(self, name: str, key: str) -> bool:
+        """Whether a stored weight is the base's; a head that the base lacks may be its embeddings once more."""
         base_name = self.names.get(name)
-        return base_name is not None and equal(self.source, key, self.base.source, base_name)
+        names = self.base.tied if base_name is None else (base_name,)
+        return any(equal(self.source, key, self.base.source, other) for other in names)
 
     def add_module(self, module: str, keys: Mapping[str, str]) -> None:
         if self._is_stack(module):

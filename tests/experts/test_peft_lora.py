@@ -406,6 +406,23 @@ def test_the_base_s_embeddings_below_trained_rows_are_no_change(tmp_path: Path) 
         open_expert(tmp_path, base)
 
 
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_frozen_embeddings_stored_with_an_adapter_are_no_change(
+    make: Callable[[], nn.Module], tmp_path: Path
+) -> None:
+    """PEFT stores them where it finds them resized, tied or not."""
+    base = make()
+    base.save_pretrained(tmp_path / "base")
+    target = "c_attn" if make is tiny_gpt2 else "q_proj"
+    model = perturb(get_peft_model(copy.deepcopy(base), LoraConfig(target_modules=[target])), 1, 0.1).eval()
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert sum("lora_" not in name for name in stored) == 2
+    vector = open_expert(tmp_path / "adapter", tmp_path / "base").vector
+    assert all(isinstance(vector[name], LowRank) for name in vector)
+    torch.testing.assert_close(logits(apply(base, vector)), logits(model), rtol=1e-5, atol=1e-5)
+
+
 def test_running_statistics_are_no_change_of_weights(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
