@@ -55,6 +55,7 @@ class TechniqueSet:
         self._loaded: tuple[Mapping[str, Any], Mapping[str, Tensor]] | None = None
         self._inside: ExitStack | None = None
         self._again: list[Callable[[], object]] = []
+        self._ended = False
 
     def __bool__(self) -> bool:
         return bool(self.techniques)
@@ -82,6 +83,7 @@ class TechniqueSet:
             HistoryError: If the loaded state is of other techniques.
         """
         self.finish_hooks()
+        self._ended = False
         if not self.techniques:
             return
         run = make_run()
@@ -243,8 +245,11 @@ class TechniqueSet:
         }
 
     def finish(self) -> None:
-        """At the end of training."""
+        """At the end of training; a second time, nothing: what mixes weights would mix them again."""
         self.abandon()
+        if self._ended:
+            return
+        self._ended = True
         if self._running:
             reshard(self.run.live.model)
         # What gives the end its weights comes after what holds them in bounds.

@@ -232,3 +232,18 @@ def test_probes_and_picks_see_the_average(tmp_path: Path) -> None:
     assert any(torch.allclose(seen, averages[-1], atol=1e-6) for seen in scores)
     assert not any(torch.equal(seen, run.before_the_end["head.weight"]) for seen in scores)  # type: ignore[attr-defined]
     assert torch.allclose(end["head.weight"], averages[-1], atol=1e-6)
+
+
+def test_a_second_end_changes_nothing(tmp_path: Path) -> None:
+    """As where a loop finishes its run, and a `finally` does so again."""
+    model = expert(1)
+    monitor = MergeReadyLoop(
+        tmp_path, base=Net(), techniques=[WeightAverage(kind="none", mix=0.5)], picks=None
+    )
+    monitor.prepare(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.05))
+    before = state_of(model)
+    monitor.finish()
+    once = state_of(model)
+    assert not equal(before, once)
+    monitor.finish()
+    assert equal(once, state_of(model))
