@@ -162,7 +162,7 @@ class Monitor:
         """
         require_readable(model)
         self.ranks = Ranks.world()
-        self.folder = Path(folder)
+        self.folder, self._step = Path(folder), step
         if self.probe is None and needs_probes(self.stop) and self.ranks.is_first:
             logger.warning(
                 "`stop` looks at probes, and there are none: it will never stop. Give the run a `probe`."
@@ -201,24 +201,28 @@ class Monitor:
         """After an optimizer step: measure and probe if the schedules say so, then decide.
 
         Args:
-            step: Optimizer steps taken so far, counted from 1.
+            step: Optimizer steps taken so far, counted from 1. Where several are taken at once, as by several
+                optimizers, what was due at one of them is done after the last.
 
         Raises:
             MergeReadyError: If the model's values or an evaluation are not usable. The model is as it was.
         """
+        after, self._step = self._step, step
         self.watch.took_step(step)
         self.techniques.took_step(step)
         if self._saving:
             self.on_save()
         pacers = [pacer for pacer in (self._measuring, self._probing) if pacer is not None]
-        looking = any(pacer.on_schedule(step) for pacer in pacers)
-        sampling = self._sampled_every is not None and step % self._sampled_every == 0
+        looking = any(pacer.on_schedule(step, after) for pacer in pacers)
+        every = self._sampled_every
+        sampling = every is not None and step // every > min(after, step - 1) // every
         if not looking and not sampling:
             return Outcome()
         self._follow()
         with self.techniques.shown():
             sampled = self._look_at_samples(self._sampler, step) if self._sampler and sampling else {}
-            found = self._look(step, self.ranks.same(self._train_seconds())) if looking else Outcome()
+            seconds = self.ranks.same(self._train_seconds()) if looking else 0.0
+            found = self._look(step, seconds, after) if looking else Outcome()
         return replace(found, scalars={**sampled, **found.scalars})
 
     def _look_at_samples(self, sampler: Sampler, step: int) -> Mapping[str, float]:
@@ -227,16 +231,16 @@ class Monitor:
         self._append(record)
         return scalars(record)
 
-    def _look(self, step: int, seconds: float) -> Outcome:
+    def _look(self, step: int, seconds: float, after: int) -> Outcome:
         records: list[Record] = []
-        if self._measuring.due(step, seconds):
+        if self._measuring.due(step, seconds, after):
             began = time.perf_counter()
             self._refine()
             record = measure(self.live, self.peers, step, self.history, self.sketched)
             warn_of_rounding(record, self.history)
             records.append(record)
             self._measuring.took(self._since(began))
-        if self._probing is not None and self._probing.due(step, seconds):
+        if self._probing is not None and self._probing.due(step, seconds, after):
             records.append(self._run_probe(step))
         return self._note(step, records)
 

@@ -81,18 +81,25 @@ class Pacer:
     skipped: int = 0
     _since_last: int = field(default=0)
 
-    def on_schedule(self, step: int) -> bool:
-        """Whether a measurement is planned for this step, if there is time."""
-        return self.schedule.has(step, self.total)
+    def on_schedule(self, step: int, after: int | None = None) -> bool:
+        """Whether a measurement is planned for this step, if there is time.
 
-    def due(self, step: int, train_seconds: float) -> bool:
+        Args:
+            step: The step.
+            after: The step that was seen before it, the one before by default. Those between count as well.
+        """
+        first = step if after is None else min(after + 1, step)
+        return any(self.schedule.has(each, self.total) for each in range(first, step + 1))
+
+    def due(self, step: int, train_seconds: float, after: int | None = None) -> bool:
         """Whether to measure now.
 
         Args:
             step: The step that was just taken, counted from 1.
             train_seconds: Seconds of training since step ``first``, without measuring.
+            after: As ``on_schedule`` takes it.
         """
-        if not self.on_schedule(step):
+        if not self.on_schedule(step, after):
             return False
         self._since_last += 1
         if self.schedule.time_budget is None or self.cost is None or self._affords(step, train_seconds):

@@ -103,6 +103,17 @@ class TestARun:
         assert monitor.last_scalars() == scalars(monitor.history.metrics[-1])
         assert not (tmp_path / "picks").exists()
 
+    def test_steps_that_are_taken_several_at_once_are_measured(self, tmp_path: Path) -> None:
+        """As by Lightning's count where there are several optimizers: it may never meet a multiple of ``every``."""
+        model = Net()
+        every = Schedule(every=4, geometric=False)
+        monitor = Monitor(base=Net(), measure=every, probe=quick_probe(schedule=every), sampled_every=4)
+        monitor.start(model, tmp_path, total_steps=14)
+        train(model, 0, 8, lambda step: monitor.on_step(2 * step - 1))
+        assert [record.step for record in monitor.history.metrics] == [5, 9, 13, 15]
+        assert [record.step for record in monitor.history.probes] == [5, 9, 13, 15]
+        assert [record.step for record in monitor.history.sampled] == [5, 9, 13]
+
     @pytest.mark.parametrize(
         ("stop", "said"),
         [
@@ -219,7 +230,7 @@ class TestProbeNow:
         model = expert(0)
         probe = quick_probe(evaluate=own, schedule=Schedule(every=1000, geometric=False))
         monitor = Monitor(base=Net(), peers=[expert(1)], probe=probe, measure=Schedule(every=1000))
-        monitor.start(model, folder)
+        monitor.start(model, folder, step=6)
         return monitor, model
 
     def test_outside_the_schedule(self, tmp_path: Path) -> None:

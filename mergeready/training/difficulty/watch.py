@@ -53,8 +53,9 @@ class DifficultyWatch:
         """After an optimizer step. A collective at some steps, the same on every rank."""
         if self.tracker is None or self.settings is None:
             return
+        before, every = self.tracker.step - 1, self.settings.settle_every
         self.tracker.step = step + 1
-        if step % self.settings.settle_every == 0:
+        if step // every > before // every:
             self.tracker.settle()
 
     def let_go(self) -> None:
