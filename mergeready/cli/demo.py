@@ -32,7 +32,7 @@ def demo(
     screen = console()
     with LiveDisplay(screen, settings.methods[0]) as display:
         results, pictures = run_demo(output, settings, display)
-    screen.print(results_table(results))
+    screen.print(results_table(results, screen.width))
     for line in verdict(results):
         screen.print(line, highlight=False)
     screen.print(

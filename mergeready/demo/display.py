@@ -13,6 +13,9 @@ from mergeready.demo.tasks import DemoTask
 from mergeready.training.probe import OWN
 from mergeready.training.records import Estimate, ProbeRecord
 
+_WIDE = 115
+"""Columns in which the final table fits as it is."""
+
 
 class LiveDisplay:
     """The demo on a terminal: one bar an expert and its newest probe. Elsewhere, one line a probe.
@@ -90,19 +93,28 @@ class LiveDisplay:
         self._say(f"{what} …")
 
 
-def results_table(results: DemoResults) -> Table:
-    """The final table: one row a task, columns for base, experts, and each merge from ends and from picks."""
+def results_table(results: DemoResults, width: int = _WIDE) -> Table:
+    """The final table: one row a task, columns for base, experts, and each merge from ends and from picks.
+
+    Args:
+        results: What the demo found.
+        width: Columns of the terminal; texts are broken into lines where there are few.
+    """
+
+    def narrowed(text: str) -> str:
+        return text if width >= _WIDE else text.replace("_", "_\n").replace(" ", "\n")
+
     table = Table(title="Test accuracy", title_justify="left", caption_justify="left")
-    table.add_column("task")
+    table.add_column("task", no_wrap=True)
     for column in ("base", "expert\nat end"):
         table.add_column(column, justify="right")
     for method in results.ends:
-        table.add_column(f"{method}\nfrom ends", justify="right")
-        table.add_column(f"{method}\nfrom picks", justify="right", style="bold")
+        for when, style in (("from ends", None), ("from picks", "bold")):
+            table.add_column(narrowed(f"{method}\n{when}"), justify="right", style=style)
     if results.joint is not None:
         table.add_column("joint", justify="right")
     for task in results.base:
-        table.add_row(task, *(_cell(e) for e in _row(results, task)))
+        table.add_row(task, *(narrowed(_cell(e)) for e in _row(results, task)))
     table.add_section()
     table.add_row("mean", *(f"{value:.3f}" for value in _means(results)))
     first = next(iter(results.pick_steps.values()))

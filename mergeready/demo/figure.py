@@ -78,6 +78,7 @@ def _draw_table(axes: Any, results: DemoResults, method: str) -> None:
             textcoords="offset points",
             ha="center",
             fontsize=8,
+            color=color,  # or nobody knows whose number it is
         )
     axes.set_xticks(range(len(names)), [name.replace("_", " ") for name in names])
     axes.axvline(len(names) - 1.5, color=MARK_COLOR, linewidth=0.8, alpha=0.4)

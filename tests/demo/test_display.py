@@ -76,6 +76,14 @@ class TestTable:
             assert name in text
         assert "joint" not in text
 
+    def test_nothing_is_cut_off_on_a_narrow_terminal(self) -> None:
+        stream = io.StringIO()
+        Console(file=stream, width=80).print(results_table(make_results(), 80))
+        assert "…" not in stream.getvalue()
+        rows = [line for line in stream.getvalue().splitlines() if line.startswith(("┃", "│"))]
+        assert {line.rstrip()[-1] for line in rows} == {"┃", "│"}
+        assert stream.getvalue().count("arithmetic ") == 2
+
     def test_the_joint_model_has_a_column_of_its_own(self) -> None:
         text = printed(make_results(joint={"law": estimate(0.6875), "code": estimate(0.75, None)}))
         assert row(text, "law")[-1] == "0.688 ±0.050"
