@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from mergeready.errors import BaseMismatchError, MergeReadyError, MismatchError, UnsupportedError, listing
+from mergeready.experts.peft_config import unquantised
 from mergeready.experts.record import recorded_base
 from mergeready.metrics.groups import group_of
 from mergeready.validation.card_checks import card_fields
@@ -23,16 +24,16 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
     fix="Write the base's hub id into the configuration, or name the base that it was trained from.",
 )
 def base_name(subject: Subject, limits: Limits) -> Result:
-    """Compares hub ids; local paths say nothing."""
+    """Compares hub ids; local paths say nothing. Of a quantised copy of the base, B106 tells."""
     base = subject.base
     declared = declared_base(subject)
     if declared is None:
         raise NotCheckedError("it names no base")
     if base.name is None or Path(base.name).exists() or not _HUB_ID.fullmatch(declared):
         raise NotCheckedError(f"it names {declared}; only two hub ids can be compared")
-    if declared != base.name:
+    if unquantised(declared) != unquantised(base.name):
         return failed(f"it names {declared}, not {base.name}", where=(declared,))
-    return passed(f"both are {declared}")
+    return passed(f"both are {unquantised(declared)}")
 
 
 @check(
