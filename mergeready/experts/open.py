@@ -218,16 +218,33 @@ def pair_with_base(
             f"{listing([n for n in match.extra if _EXPERTS in n], 2)} (transformers 5 stacks them as it loads; open "
             "base, expert and peers all as loaded models, or all from folders)"
         )
+    names |= {copy: names[name] for copy, name in _copies(base.source, names, match.missing).items()}
+    missing = tuple(name for name in match.missing if name not in names)
     if not names:
         problems = [f"no parameter name of the base occurs ({listing(theirs, 3)})"]
     elif strict:
-        problems += [f"{name} is missing" for name in match.missing]
+        problems += [f"{name} is missing" for name in missing]
         problems += [f"{name} is not in the base" for name in match.extra] if problems else []
     if problems:
         raise MismatchError(f"{source.label} does not fit the base {base.source.label}: {listing(problems)}.")
     if strict:
         _refuse_extra(source.label, match.extra, base)
-    return names, match.extra, match.missing
+    return names, match.extra, missing
+
+
+def _copies(base: WeightSource, names: Mapping[str, str], missing: Sequence[str]) -> dict[str, str]:
+    """Missing matrices of which the base stores a copy that is paired, and that copy's name.
+
+    Some files hold tied embeddings twice. Models that were loaded from them have, and save, one tensor for both places.
+    """
+    infos = base.infos
+    found = {}
+    for copy in missing:
+        same = (name for name in names if len(infos[name].shape) == 2 and infos[name] == infos[copy])
+        name = next((name for name in same if equal(base, name, base, copy)), None)
+        if name is not None and bool(base.read(name).any()):
+            found[copy] = name
+    return found
 
 
 def _stacked_in_one(extra: Sequence[str], missing: Sequence[str]) -> bool:

@@ -21,6 +21,7 @@ from mergeready.errors import (
 )
 from mergeready.experts import Base, Expert, LiveExpert, TaskVector, dense, open_expert, squared_norms
 from mergeready.experts.record import RECORD_NAME, write_record
+from mergeready.merging import merge
 from tests.models import TinyConvNet, perturb, tiny_bert, tiny_gpt2, tiny_llama
 
 Tensors = dict[str, Tensor]
@@ -299,3 +300,26 @@ def test_one_safetensors_file_is_an_expert(tmp_path: Path) -> None:
     opened = open_expert(tmp_path / "x.safetensors", tiny_bert())
     assert opened.folder is None
     check(opened.vector, fine_tuned().state_dict(), tiny_bert().state_dict())
+
+
+def test_a_base_that_stores_tied_embeddings_twice_fits_experts_that_store_them_once(tmp_path: Path) -> None:
+    """Exporters other than transformers write both; a model loaded from such a file has, and saves, one."""
+    base, expert = tiny_gpt2(), fine_tuned(tiny_gpt2)
+    base.save_pretrained(tmp_path / "base")
+    expert.save_pretrained(tmp_path / "expert")
+    tensors = {name: tensor.contiguous().clone() for name, tensor in base.state_dict().items()}
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    opened = open_expert(tmp_path / "expert", tmp_path / "base")
+    assert (opened.extra, opened.missing) == ((), ())
+    check(opened.vector, state(expert), tensors)
+    assert torch.equal(dense(opened.vector["lm_head.weight"]), dense(opened.vector["transformer.wte.weight"]))
+    merged = merge(tmp_path / "base", [tmp_path / "expert"], output=tmp_path / "merged")
+    tokens = torch.arange(8)[None]
+    with torch.no_grad():
+        found = type(base).from_pretrained(merged).eval()(tokens).logits
+        torch.testing.assert_close(found, expert.eval()(tokens).logits, rtol=1e-5, atol=1e-5)
+
+    tensors["lm_head.weight"][0, 0] += 1  # no copy any more: a head of its own
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MismatchError, match=r"lm_head\.weight is missing"):
+        open_expert(tmp_path / "expert", tmp_path / "base")
