@@ -76,9 +76,9 @@ class Suite:
 def references(suite: Suite, step: int) -> dict[str, Any]:
     """Test accuracy of the base, and of each expert on its own task."""
     base, own = {}, {}
-    model = encoder()
+    model, experts = encoder(), suite.experts(step)
     with torch.no_grad():
-        for name, path in zip(TEXT_SUITE, suite.experts(step), strict=True):
+        for name, path in zip(TEXT_SUITE, experts, strict=True):
             base[name] = _score(suite, name, model.eval())
             with MergedInPlace(model, minilm_l6(), [path], include_model=False):
                 own[name] = _score(suite, name, model.eval())
