@@ -31,7 +31,7 @@ print(yaml.safe_load(path.read_text())["situations"][0]["recommend"])
 """
 
 
-def page(study: Study, screening: Study, seeds: Study, eight: Study, adapters: Study) -> str:
+def page(study: Study, screening: Study, seeds: Study, eight: Study, images: Study, adapters: Study) -> str:
     """The text, of the studies that were run."""
     results, suite, trained = study.results, study.suite, study.arm
     if not results.contents:
@@ -66,13 +66,13 @@ Runs ended at these steps, on average over tasks: {_ended(results)}.
 
 Of these {len(changes)} differences, {told} have an interval that excludes 0.
 
-{techniques_page.section(screening, seeds, eight)}
+{techniques_page.section(screening, seeds, eight, images)}
 
 {lora_page.section(adapters, seeds, techniques_page.PLAIN) if adapters.results.contents else ""}
 
 {RECOMMENDED.strip()}
 
-{cost([study, screening, seeds, eight, adapters])} {MORE}
+{cost([study, screening, seeds, eight, images, adapters])} {MORE}
 """
 
 

@@ -19,7 +19,7 @@ from mergeready.study.run import Runner
 
 DOCS = ROOT / "docs"
 STUDY = ("overtraining", "vision", "experts_number", "memorization")
-RESULTS = ("schedules", "techniques", "techniques_seeds", "techniques_eight", "lora")
+RESULTS = ("schedules", "techniques", "techniques_seeds", "techniques_eight", "techniques_vision", "lora")
 NAMES = (*STUDY, *RESULTS)
 
 

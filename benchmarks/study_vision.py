@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +25,13 @@ BACKBONES: dict[str, tuple[Callable[[], Backbone], ImageInput]] = {
     "squeezenet": (squeezenet, SQUEEZENET_INPUT),
 }
 EVALUATION_BATCH = 100
+SHARED_EXAMPLES, SHARED_BATCH = 128, 16
+"""How many images a task lets others look at, and in which batches."""
 TASKS = ("mnist", "fashion", "digits", "emoji_group", "font_letter", "font_style")
 Row = tuple[Tensor, int]
 """An image as the backbone reads it, and its label."""
+Inputs = tuple[Tensor, nn.Linear]
+"""Images, and the head that reads what the backbone makes of them."""
 
 
 def vision(
@@ -36,6 +41,7 @@ def vision(
     validation: int = 100,
     test: int = 200,
     tasks: Sequence[str] = TASKS,
+    head: int | None = None,
 ) -> StudySuite:
     """Image tasks on one backbone. Heads are fitted on the backbone's own features and stay as they are.
 
@@ -48,23 +54,48 @@ def vision(
         validation: Validation examples a task.
         test: Test examples a task, the same for every seed.
         tasks: Names of the tasks.
+        head: How many training examples heads are fitted on; all by default. With few, there is more to learn.
     """
     make, images = BACKBONES[backbone]
     base, made = make().eval(), {}
+    batches: dict[str, list[Inputs]] = {}
     for name in tasks:
         data = load_vision_task(name, train=train, validation=validation, test=test, seed=seed)
         training, held_out, reported = (
             (images.prepare(pixels), labels) for pixels, labels in (data.train, data.validation, data.test)
         )
-        head = _head(base, training, len(data.label_names))
+        few = training[0][:head], training[1][:head]
+        weights = _head(base, few, len(data.label_names))
+        batches[name] = _inputs(training[0], weights)
         made[name] = StudyTask(
             train=list(zip(training[0], training[1].tolist(), strict=True)),
             collate=_collate,
-            loss=partial(_loss, head),
-            validation=partial(_accuracy, head, held_out),
-            test=partial(_accuracy, head, reported),
+            loss=partial(_loss, weights),
+            validation=partial(_accuracy, weights, held_out),
+            test=partial(_accuracy, weights, reported),
         )
-    return StudySuite(model=partial(_model, backbone), tasks=made)
+    return StudySuite(model=partial(_model, backbone), tasks=made, given=_given(batches))
+
+
+def _given(batches: dict[str, list[Inputs]]) -> dict[str, Callable[[str], Any]]:
+    """What techniques ask for: images without labels, and how a model reads them."""
+    return {
+        "inputs": lambda task: batches[task],
+        "inputs_of_others": lambda task: [own for name, own in batches.items() if name != task],
+        "logits": lambda task: _logits,
+    }
+
+
+def _inputs(images: Tensor, head: nn.Linear) -> list[Inputs]:
+    """Batches of images, each with the head of its task, so that one function gives the logits of any."""
+    return [(part, head) for part in images[:SHARED_EXAMPLES].split(SHARED_BATCH)]
+
+
+def _logits(model: nn.Module, batch: Inputs) -> Tensor:
+    images, head = batch
+    _still(model)
+    logits: Tensor = head(cast("Backbone", model).features(images))
+    return logits
 
 
 @cache
@@ -92,10 +123,15 @@ def _collate(rows: list[Row]) -> Images:
 
 
 def _loss(head: nn.Linear, model: Backbone, batch: Images) -> Tensor:
+    _still(model)
+    return functional.cross_entropy(head(model.features(batch[0])).float(), batch[1])
+
+
+def _still(model: nn.Module) -> None:
+    """BatchNorm as in evaluation."""
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.eval()
-    return functional.cross_entropy(head(model.features(batch[0])).float(), batch[1])
 
 
 def _accuracy(head: nn.Linear, images: Images, model: Backbone) -> dict[str, Tensor]:

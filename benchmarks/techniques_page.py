@@ -55,13 +55,14 @@ class Place:
 STOPS = ("end", VALIDATED, JOINT)
 
 
-def section(screening: Study, seeds: Study, eight: Study) -> str:
+def section(screening: Study, seeds: Study, eight: Study, images: Study) -> str:
     """The text.
 
     Args:
         screening: The study of all arms with one seed.
         seeds: The study of the best ones with several.
         eight: The study of those that help, among more experts.
+        images: The screening on images.
     """
     found, shared, suite = screening.results, screening.settings.arms[PLAIN], screening.suite
     if not found.contents:
@@ -80,6 +81,8 @@ on a shared machine. What each arm sets is in `benchmarks/studies/{screening.set
     parts = [about]
     if seeds.results.contents:
         parts.append(_over_seeds(seeds.results))
+    if images.results.contents:
+        parts.append(_on_images(images))
     if eight.results.contents:
         parts += [_among_more(eight, seeds), _closing([seeds.results, eight.results])]
     return "\n\n".join(parts)
@@ -101,6 +104,34 @@ Against `{PLAIN}` at its end, with the same merge method:
 {change_table(found)}
 
 {seeds_text(found)}"""
+
+
+def _on_images(study: Study) -> str:
+    shared, suite = study.settings.arms[PLAIN], study.suite
+    return f"""## Techniques on images
+
+{COUNTS[study.tasks].capitalize()} image tasks ({", ".join(study.settings.tasks or ())}), {MODELS[suite["backbone"]]}, {suite["train"]} training images a task,
+{max(study.settings.steps)} steps of batch {shared.batch_size} from {rate(shared.learning_rate)}; one seed, intervals over test images as above. Heads are frozen and were fitted on
+{suite["head"]} images of a task only: the base answers {_base(study.results)} right. Techniques that look at linear layers are left out, as this network trains convolutions only.
+
+{screening_table(study.results)}
+
+{screening_text(study.results)}{_learned(study.results)}"""
+
+
+def _learned(results: Results) -> str:
+    """A caution where an arm changes what experts learn, and merges may follow that."""
+    end = {arm: Place(arm, "end", EXPERT) for arm in results.labels("arm") if arm != PLAIN}
+    changes = {arm: place.minus(Place(PLAIN, "end", EXPERT), results) for arm, place in end.items()}
+    better = [arm for arm, change in changes.items() if change is not None and _sign(change) > 0]
+    if not better:
+        return ""
+    return f"\n- These runs are short: experts of {_names(better)} learn more than `{PLAIN}`'s, and merges may gain by that alone."
+
+
+def _base(results: Results) -> str:
+    base = results.base(PLAIN, results.steps(PLAIN)[-1])
+    return "" if base is None else plain(base)
 
 
 def _among_more(study: Study, fewer: Study) -> str:
