@@ -81,10 +81,12 @@ on a shared machine. What each arm sets is in `benchmarks/studies/{screening.set
     parts = [about]
     if seeds.results.contents:
         parts.append(_over_seeds(seeds.results))
+    if eight.results.contents:
+        parts.append(_among_more(eight, seeds))
     if images.results.contents:
         parts.append(_on_images(images))
     if eight.results.contents:
-        parts += [_among_more(eight, seeds), _closing([seeds.results, eight.results])]
+        parts.append(_closing([seeds.results, eight.results]))
     return "\n\n".join(parts)
 
 

@@ -22,6 +22,8 @@ _COLORS = {
     "dare_ties": "#8a6d3b",
 }
 _MORE_COLORS = ("#5c8001", "#c2185b", "#455a64", "#00838f", "#ad8b00")
+_BANDS = "bands: 95 % intervals"
+_DIAMONDS = "diamonds: the step that validation data choose"
 
 
 def draw_study(results: Results, folder: Path) -> list[Path]:
@@ -65,7 +67,8 @@ def _draw_curves(results: Results, arms: Sequence[str], folder: Path) -> list[Pa
     for axes in panels[::columns]:
         axes.set_ylabel(f"test {results.metric}, mean over tasks")
         _keep_possible(axes.set_ylim, axes.get_ylim(), results.metric)
-    _legend(figure, panels[0], "diamonds: the step that validation data choose")
+    chosen = any(len(results.steps(arm)) > 1 for arm in arms)
+    _legend(figure, panels[0], "; ".join([_BANDS, *([_DIAMONDS] if chosen else [])]))
     return _save(figure, folder, "curves")
 
 
@@ -104,6 +107,7 @@ def _draw_arms(results: Results, arms: Sequence[str], folder: Path) -> list[Path
     figure = _figure(9.5, 1.6 + 0.5 * len(arms))
     axes = figure.subplots()
     colors = _colors(results)
+    notes = ["dots: the end of training", "lines: 95 % intervals"]
     for row, arm in enumerate(arms):
         end = results.steps(arm)[-1]
         for index, (method, color) in enumerate(colors.items()):
@@ -126,6 +130,7 @@ def _draw_arms(results: Results, arms: Sequence[str], folder: Path) -> list[Path
             best = results.best_step(arm, method)
             chosen = None if best is None else results.sample(arm, best, method)
             if chosen is not None and best != end:
+                notes = [*notes[:2], _DIAMONDS]
                 axes.plot(
                     chosen.value, height, "D", color=color, markersize=5, markerfacecolor="white", zorder=3
                 )
@@ -135,7 +140,7 @@ def _draw_arms(results: Results, arms: Sequence[str], folder: Path) -> list[Path
     axes.set_xlabel(f"test {results.metric}, mean over tasks")
     _keep_possible(axes.set_xlim, axes.get_xlim(), results.metric)
     _plain_frame(axes)
-    _legend(figure, axes, "dots: the end of training; diamonds: the step that validation data choose")
+    _legend(figure, axes, "; ".join(notes))
     return _save(figure, folder, "arms")
 
 

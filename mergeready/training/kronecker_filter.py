@@ -76,8 +76,8 @@ def filtering(change: Tensor, outputs: Leading, inputs: Leading, strength: float
 
     Example:
         >>> two, one = leading(2 * torch.eye(1), 1), leading(torch.eye(2), 1)
-        >>> filtering(torch.tensor([[3.0, 6.0]]), two, one, 1.0)
-        tensor([[-2., -4.]])
+        >>> filtering(torch.tensor([[3.0, 6.0]]), two, one, 0.5)
+        tensor([[-1.5000, -3.0000]])
     """
     U, V = outputs.vectors, inputs.vectors
     s, t = outputs.values[:, None], inputs.values
