@@ -12,10 +12,11 @@ from torch import Tensor
 
 from mergeready.experts.delta import Delta, Dense, LowRank, dense
 from mergeready.experts.svd import thin_svd
+from mergeready.experts.task_vector import has_room
 
 Memory: TypeAlias = dict[tuple[Any, ...], Any]
 
-_REMEMBERED = ("singular triples", "elements remembered")
+_TRIPLES = "singular triples"
 _MOST_REMEMBERED = 2**24  # 128 MiB an expert
 
 
@@ -50,25 +51,17 @@ class Changes(Sequence[Tensor]):
     def triples(self, index: int, most: int) -> tuple[Tensor, Tensor, Tensor]:
         """The leading singular triples of one of them, see ``thin_svd``; found once where it never changes."""
         memory = self.memories[index] if self.memories else None
-        key = ("singular triples", self.name, most)
+        key = (_TRIPLES, self.name, most)
         if memory is not None and key in memory:
             left, values, right = memory[key]
         else:
             matrix = self.matrices[index].to(torch.float64).contiguous()
             left, values, right = thin_svd(matrix, most)
-            if memory is not None and _has_room(memory, left.numel() + right.numel()):
+            elements = left.numel() + right.numel()
+            if memory is not None and has_room(memory, _TRIPLES, elements, _MOST_REMEMBERED):
                 memory[key] = left.clone(), values.clone(), right.clone()  # not the parts of larger ones
         factor = self.weights[index]
         return left * math.copysign(1.0, factor), values * abs(factor), right
-
-
-def _has_room(memory: Memory, elements: int) -> bool:
-    """Whether so much more may be kept, within a bound for each task vector."""
-    elements += memory.get(_REMEMBERED, 0)
-    if elements > _MOST_REMEMBERED:
-        return False
-    memory[_REMEMBERED] = elements
-    return True
 
 
 @dataclass(frozen=True, eq=False)

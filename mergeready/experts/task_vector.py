@@ -57,6 +57,21 @@ class TaskVector(Mapping[str, Delta]):
         return name in self.infos
 
 
+def has_room(memory: dict[tuple[Any, ...], Any], kind: str, elements: int, most: int) -> bool:
+    """Whether a task vector's memory may keep so many more elements of a kind, ``most`` in all; then they are counted.
+
+    >>> memory = {}
+    >>> has_room(memory, "masks", 3, 4), has_room(memory, "masks", 3, 4), has_room(memory, "triples", 3, 4)
+    (True, False, True)
+    """
+    key = (kind, "elements remembered")
+    elements += memory.get(key, 0)
+    if elements > most:
+        return False
+    memory[key] = elements
+    return True
+
+
 class FullTaskVector(TaskVector):
     """The difference of two sources of weights, read piece by piece.
 

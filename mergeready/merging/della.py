@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mergeready.errors import OptionError
-from mergeready.experts.task_vector import TaskVector
+from mergeready.experts.task_vector import TaskVector, has_room
 from mergeready.merging.method import ElementwiseMethod, Place, weighted_sum
 from mergeready.merging.random_mask import LEVELS, random_numbers
 from mergeready.merging.registry import register, require_fraction
@@ -17,7 +17,6 @@ from mergeready.merging.row_order import row_order
 from mergeready.merging.ties import elect_and_average
 from mergeready.weights.source import CHUNK_ELEMENTS, TensorInfo
 
-_REMEMBERED = ("della", "elements remembered")
 _MOST_REMEMBERED = 2**26  # 128 MiB an expert
 
 
@@ -70,13 +69,7 @@ def _width(info: TensorInfo) -> int:
 
 def _may_remember(vector: TaskVector, info: TensorInfo) -> bool:
     """Whether what is dropped of a parameter may be remembered: within a bound for each task vector."""
-    if vector.memory is None:
-        return False
-    elements = vector.memory.get(_REMEMBERED, 0) + info.numel
-    if elements > _MOST_REMEMBERED:
-        return False
-    vector.memory[_REMEMBERED] = elements
-    return True
+    return vector.memory is not None and has_room(vector.memory, "della", info.numel, _MOST_REMEMBERED)
 
 
 def _by_rank(values: Tensor, width: int, table: Tensor) -> Tensor:
