@@ -142,7 +142,8 @@ def _among_more(study: Study, fewer: Study) -> str:
     return f"""## The same among {COUNTS[study.tasks]} experts
 
 With {_and(more)} added, {COUNTS[study.tasks]} experts are merged in place of {COUNTS[fewer.tasks]}, all at the end of training; all else as above. Kronecker penalties:
-{_kronecker(study, "kronecker_penalty")}. Kronecker filter: {_kronecker(study, "kronecker_filter")}.
+{_kronecker(study, "kronecker_penalty")}. Kronecker filter: {_kronecker(study, "kronecker_filter")}; these were chosen on
+the first seed, which is among those averaged here, so that its gains may be somewhat too good.
 
 ![Arms side by side](study/{study.settings.name}-arms.png)
 
