@@ -13,7 +13,7 @@ from mergeready.errors import OutputExistsError, listing
 from mergeready.recipes.document import read_document
 from mergeready.recipes.problems import dotted
 from mergeready.recipes.recipe import Recipe, recipe_content
-from mergeready.weights.atomic import new_file
+from mergeready.weights.atomic import is_partial, new_file
 from mergeready.weights.ranks import is_first_process
 
 RECIPE_NAME = "recipe.yaml"
@@ -32,17 +32,20 @@ def claim(recipe: Recipe) -> Path:
     folder = Path(recipe.output)
     written = folder / RECIPE_NAME
     content = _content(recipe)
+    # Listed first: the other processes of a job claim the same folder in the same moment, and whatever they make there
+    # later comes after the recipe.
+    others = _others(folder)
     if written.is_file():
         changed = _differences(read_document(written).content, content)
         if not changed:
             return folder
-        if any(path != written for path in folder.iterdir()):
+        if others:
             raise OutputExistsError(
                 f"{folder} holds a run of another recipe: {listing(changed)} changed. Say where this one goes with "
                 f"`--set output=...`, or delete {folder}."
             )
         # Otherwise that recipe was refused before it made anything: here is the corrected one.
-    elif folder.exists() and any(folder.iterdir()):
+    elif others:
         raise OutputExistsError(f"{folder} exists and holds no run of a recipe. Name another `output`.")
     if is_first_process():
         folder.mkdir(parents=True, exist_ok=True)
@@ -84,6 +87,15 @@ def stop_reason(state: dict[str, Any]) -> str | None:
 def is_over(state: dict[str, Any]) -> bool:
     """Whether a run has taken its last step: all of them, or the one at which it was stopped."""
     return stop_reason(state) is not None or state["global_step"] >= state["max_steps"]
+
+
+def _others(folder: Path) -> list[Path]:
+    """What a folder holds beside a recipe, whole or half written."""
+    if not folder.is_dir():
+        return []
+    return [
+        path for path in folder.iterdir() if path.name != RECIPE_NAME and not is_partial(path, RECIPE_NAME)
+    ]
 
 
 def _content(recipe: Recipe) -> dict[str, Any]:

@@ -54,6 +54,11 @@ def is_taken(path: Path) -> bool:
     return path.exists() or path.is_symlink()
 
 
+def is_partial(path: Path, name: str) -> bool:
+    """Whether this is ``name`` while it is written, or what a killed process left of it."""
+    return path.name.startswith(_prefix(name))
+
+
 def take_place(temporary: Path, path: Path) -> None:
     """Rename a complete folder to ``path``; what was there is moved aside first and deleted last."""
     old = _beside(path) if is_taken(path) else None
@@ -95,4 +100,8 @@ def sync_folder(path: Path) -> None:
 
 
 def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+    return path.with_name(_prefix(path.name) + secrets.token_hex(4))
+
+
+def _prefix(name: str) -> str:
+    return f".{name}.partial-"

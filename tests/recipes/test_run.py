@@ -8,8 +8,10 @@ import shlex
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from mergeready import read_history
 from mergeready.errors import OptionError, OutputExistsError
 from mergeready.recipes import parse_recipe, read_recipe
 from mergeready.recipes.classes import Classes
+from mergeready.recipes.recipe import Recipe
 from mergeready.recipes.result import RunResult, read_result
 from mergeready.recipes.resume import claim, newest_checkpoint
 from mergeready.recipes.run import Run, prepare, run_recipe
@@ -98,6 +101,29 @@ def test_a_recipe_that_was_refused_does_not_stand_in_the_way_of_the_corrected_on
         run_recipe(parse_recipe(content(tmp_path / "run", freeze=["nothing"])))
     assert claim(parse_recipe(content(tmp_path / "run"))) == tmp_path / "run"
     assert "nothing" not in (tmp_path / "run" / "recipe.yaml").read_text()
+
+
+def test_what_is_left_of_a_recipe_while_it_was_written_does_not_stand_in_the_way(tmp_path: Path) -> None:
+    recipe = parse_recipe(content(tmp_path / "run"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.recipe.yaml.partial-0123abcd").write_text("task:")
+    assert claim(recipe) == tmp_path / "run"
+    assert claim(recipe) == tmp_path / "run"
+
+
+def test_processes_of_a_job_claim_one_folder_in_the_same_moment(tmp_path: Path) -> None:
+    for trial in range(20):
+        recipe = parse_recipe(content(tmp_path / f"run-{trial}"))
+        start = Barrier(3)
+
+        def one(recipe: Recipe = recipe, start: Barrier = start) -> Path:
+            start.wait()
+            return claim(recipe)
+
+        with ThreadPoolExecutor(3) as pool:
+            claims = [pool.submit(one) for _ in range(3)]
+        assert {done.result() for done in claims} == {tmp_path / f"run-{trial}"}
+        assert [path.name for path in (tmp_path / f"run-{trial}").iterdir()] == ["recipe.yaml"]
 
 
 @pytest.mark.parametrize("on_stop", ["stop", "record"])

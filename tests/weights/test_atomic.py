@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mergeready.errors import OutputExistsError
-from mergeready.weights.atomic import new_file, new_folder
+from mergeready.weights.atomic import is_partial, new_file, new_folder
 
 
 class Interrupt(BaseException):
@@ -83,6 +83,14 @@ def test_nothing_is_renamed_before_it_was_flushed(tmp_path: Path, monkeypatch: p
     with new_file(tmp_path / "x") as temporary:
         temporary.write_text("new")
     assert flushed == [(False, (tmp_path / "x").stat().st_ino), (True, tmp_path.stat().st_ino)]
+
+
+def test_a_file_is_told_from_itself_while_it_is_written(tmp_path: Path) -> None:
+    with new_file(tmp_path / "x") as temporary:
+        temporary.write_text("new")
+        assert is_partial(temporary, "x")
+        assert not is_partial(temporary, "y")
+    assert not is_partial(tmp_path / "x", "x")
 
 
 def test_a_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
