@@ -155,7 +155,7 @@ Against `{PLAIN}` at its end, with the same merge method:
 
 {seeds_text(found)}
 - The time of a penalty hardly grows with the batch, and batches are small here. {penalty_cost.sentence(every=8)}
-- {penalty_cost.filter_sentence(every=16)} Times in the table are of steps alone, and were measured at different hours.
+- {penalty_cost.filter_sentence(every=16)} Times in the table are of steps alone, and runs of all arms took turns (`benchmarks/study_times.py`).
 - Merged with {LEADING}, the gain over `{PLAIN}` among {COUNTS[fewer.tasks]} and among {COUNTS[study.tasks]}: {_gains(fewer.results, found)}."""
 
 
@@ -195,9 +195,9 @@ def _closing(studies: Sequence[Results]) -> str:
     if other := [arm for arm in reaching if arm != RECOMMENDED]:
         raise RuntimeError(f"{_names(other)} reaches every goal of a default: it has to become one.")
     verdict = (
-        f"`{RECOMMENDED}` reaches every goal, with the settings that are its defaults. No run has it unasked, as it needs files from peers"
+        f"Where merges are by {LEADING}, `{RECOMMENDED}` reaches every goal, with the settings that are its defaults. No run has it unasked, as it needs files from peers"
         if reaching
-        else "No technique reaches every goal, so mergeready's defaults use none"
+        else f"Where merges are by {LEADING}, no technique reaches every goal, so mergeready's defaults use none"
     )
     return f"""{verdict}; the merge method matters as much ({"; ".join(lines)}), and recipes
 for whole text encoders follow that. `mergeready/recommendations.yaml` says which technique to take where merges are by task arithmetic."""
