@@ -3,8 +3,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
 from mergeready.errors import OptionError, listing
@@ -54,21 +56,49 @@ def prepare_causal_lm(recipe: Recipe, task: CausalLM) -> Prepared:
         peft_config=None if task.lora is None else lora_config(task.lora, "CAUSAL_LM"),
     )
     encoded = dict(trainer.eval_dataset)
-
-    def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        batch = trainer.data_collator([{k: v for k, v in row.items() if k in _TOKENS} for row in rows])
-        return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    size, precision = recipe.optimisation.batch_size, recipe.optimisation.precision
 
     def built_in(metric: str, data: Dataset) -> Evaluate:
-        return TokenMetric(
-            metric, data, collate, recipe.optimisation.batch_size, recipe.optimisation.precision
-        )
+        return TokenMetric(metric, data, lambda rows: padded(rows, tokenizer.pad_token_id), size, precision)
 
     made = evaluations(recipe, "loss", encoded, raw, tokenizer, built_in)
     return Prepared(trainer, tokenizer, made, found if isinstance(found, str) else None)
 
 
-_TOKENS = ("input_ids", "completion_mask", "assistant_masks")
+def padded(rows: Sequence[Mapping[str, Any]], pad: int) -> dict[str, Tensor]:
+    """A batch of examples as TRL encodes them; its own collator joins them into one sequence where training is packed.
+
+    Newer TRL says in ``labels`` which tokens are learned, older in masks.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and ``labels``, all int64 of shape (batch, longest); ``labels`` are -100 at
+        padding and at tokens that are not learned.
+
+    Example:
+        >>> batch = padded([{"input_ids": [5, 6], "labels": [-100, 6]}, {"input_ids": [7], "labels": [7]}], pad=0)
+        >>> batch["input_ids"].tolist(), batch["labels"].tolist()
+        ([[5, 6], [7, 0]], [[-100, 6], [7, -100]])
+    """
+    tokens = [torch.tensor(row["input_ids"]) for row in rows]
+
+    def side_by_side(parts: list[Tensor], filler: int) -> Tensor:
+        return pad_sequence(parts, batch_first=True, padding_value=filler)
+
+    return {
+        "input_ids": side_by_side(tokens, pad),
+        "attention_mask": side_by_side([torch.ones_like(part) for part in tokens], 0),
+        "labels": side_by_side([torch.tensor(_learned(row)) for row in rows], -100),
+    }
+
+
+def _learned(row: Mapping[str, Any]) -> list[int]:
+    """The tokens of an example that are learned; -100 in place of others."""
+    if "labels" in row:
+        return list(row["labels"])
+    masks = [row[name] for name in ("completion_mask", "assistant_masks") if name in row]
+    return [token if all(bits) else -100 for token, *bits in zip(row["input_ids"], *masks, strict=True)]
+
+
 _FOR_TEMPLATES = ("tools", "chat_template_kwargs")
 
 

@@ -1,4 +1,4 @@
-"""Recipes of language models: from which columns they learn."""
+"""Recipes of language models: from which columns they learn, and which tokens they are judged by."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
 
 from mergeready.errors import OptionError
 from mergeready.recipes import parse_recipe
-from mergeready.recipes.run import prepare
+from mergeready.recipes.causal_lm import padded
+from mergeready.recipes.run import prepare, run_recipe
+from mergeready.recipes.sources import EvaluationSettings
 from mergeready.recipes.tiny import llama
 
 pytest.importorskip("trl", reason="the trl extra brings it")
@@ -57,3 +60,47 @@ def test_columns_that_hold_nothing_to_learn_are_named(tmp_path: Path) -> None:
     data = DatasetDict(train=rows(4), validation=rows(2).remove_columns("messages"))
     with pytest.raises(OptionError, match=r"columns prompt in all splits; .* else from `messages`"):
         prepare(recipe(tmp_path, data))
+
+
+@pytest.mark.parametrize("metric", ["loss", "accuracy"])
+def test_the_metric_is_of_what_is_learned_and_of_nothing_else(tmp_path: Path, metric: str) -> None:
+    """By hand, one example at a time and unpadded: the completion and the end of it, given the prompt."""
+    texts = [("ab", "cde"), ("abcdefgh", "i"), ("x", "yz")]
+    data = Dataset.from_dict({"prompt": [a for a, _ in texts], "completion": [b for _, b in texts]})
+    given = recipe(tmp_path, DatasetDict(train=data, validation=data))
+    prepared = prepare(given.model_copy(update={"evaluation": EvaluationSettings(name=metric)}))
+    model = prepared.trainer.model.eval()
+    tokenizer = prepared.processor
+    expected = []
+    for prompt, completion in texts:
+        ids = tokenizer(prompt + completion + tokenizer.eos_token, return_tensors="pt")["input_ids"]
+        learned = slice(len(tokenizer(prompt)["input_ids"]), None)
+        with torch.no_grad():
+            logits = model(ids).logits[0, :-1]
+        losses = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+        values = losses if metric == "loss" else (logits.argmax(1) == ids[0, 1:]).float()
+        expected.append(values[learned.start - 1 :].mean())
+    with torch.no_grad():
+        found = prepared.evaluations["validation"](model)[metric]
+    torch.testing.assert_close(found, torch.stack(expected))
+
+
+def test_masks_of_older_trl_say_the_same_as_labels() -> None:
+    rows = [
+        {"input_ids": [3, 4, 5], "completion_mask": [0, 1, 1], "assistant_masks": [1, 1, 0]},
+        {"input_ids": [6, 7], "completion_mask": [0, 1], "assistant_masks": [1, 1]},
+    ]
+    batch = padded(rows, pad=9)
+    assert batch["labels"].tolist() == [[-100, 4, -100], [-100, 7, -100]]
+    assert batch["input_ids"].tolist() == [[3, 4, 5], [6, 7, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert padded([{"input_ids": [3, 4]}], pad=9)["labels"].tolist() == [[3, 4]]
+
+
+@pytest.mark.slow
+def test_a_packed_run_is_probed(tmp_path: Path) -> None:
+    data = DatasetDict(train=rows(24), validation=rows(4))
+    result = run_recipe(recipe(tmp_path, data, packing=True))
+    assert result.metric == "loss"
+    assert result.steps == 1
+    assert set(result.scores) == {"validation"}
