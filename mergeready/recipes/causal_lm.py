@@ -14,7 +14,7 @@ from mergeready.merging.evaluation import Evaluate
 from mergeready.recipes.arguments import training_arguments
 from mergeready.recipes.evaluations import TokenMetric
 from mergeready.recipes.load_data import load_data
-from mergeready.recipes.load_model import find_model, load_model, load_tokenizer, lora_config, with_trained
+from mergeready.recipes.load_model import find_model, freeze, load_model, load_tokenizer, lora_config
 from mergeready.recipes.prepared import Prepared, evaluations
 from mergeready.recipes.recipe import Recipe
 from mergeready.recipes.tasks import CausalLM
@@ -37,7 +37,7 @@ def prepare_causal_lm(recipe: Recipe, task: CausalLM) -> Prepared:
     given = {split: data.select_columns(columns) for split, data in raw.items()}
     found = find_model(recipe)
     tokenizer = load_tokenizer(recipe, found)
-    model = with_trained(recipe, load_model(recipe, found, AutoModelForCausalLM))
+    model, _ = load_model(recipe, found, AutoModelForCausalLM)
     arguments = trl.SFTConfig(
         **{"gradient_checkpointing": False, **training_arguments(recipe)},
         max_length=task.max_tokens,
@@ -55,6 +55,7 @@ def prepare_causal_lm(recipe: Recipe, task: CausalLM) -> Prepared:
         processing_class=tokenizer,
         peft_config=None if task.lora is None else lora_config(task.lora, "CAUSAL_LM"),
     )
+    freeze(recipe, trainer.model)
     encoded = dict(trainer.eval_dataset)
     size, precision = recipe.optimisation.batch_size, recipe.optimisation.precision
 

@@ -20,10 +20,17 @@ from mergeready.recipes.sources import Split
 def load_classifier(
     recipe: Recipe, found: str | nn.Module, auto: Any, classes: Classes, **options: Any
 ) -> nn.Module:
-    """The model with a head for the classes, which its configuration names."""
+    """What trains: the model with a head for the classes, which its configuration names.
+
+    Raises:
+        OptionError: As :func:`~mergeready.recipes.load_model.with_trained`.
+    """
     names = dict(enumerate(classes.names))
     numbers = {name: index for index, name in names.items()}
-    return load_model(recipe, found, auto, num_labels=len(names), id2label=names, label2id=numbers, **options)
+    model, new = load_model(
+        recipe, found, auto, num_labels=len(names), id2label=names, label2id=numbers, **options
+    )
+    return with_trained(recipe, model, new)
 
 
 def prepare_classifier(
@@ -41,7 +48,7 @@ def prepare_classifier(
     Args:
         recipe: The recipe.
         found: Where the model is from.
-        model: The classifier.
+        model: The classifier, with what it trains.
         classes: Its classes.
         splits: Examples as ``collate`` takes them.
         raw: Examples as they were loaded.
@@ -49,11 +56,11 @@ def prepare_classifier(
         collate: Makes a batch of examples.
 
     Raises:
-        OptionError: If nothing is left to train, or there is no such evaluation.
+        OptionError: If there is no such evaluation.
     """
     wanted = recipe.optimisation
     trainer = Trainer(
-        with_trained(recipe, model),
+        model,
         TrainingArguments(**training_arguments(recipe), remove_unused_columns=False, label_names=[CLASS]),
         train_dataset=splits["train"],
         data_collator=collate,

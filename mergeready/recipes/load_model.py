@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,36 @@ def find_model(recipe: Recipe) -> str | nn.Module:
     return found
 
 
-def load_model(recipe: Recipe, found: str | nn.Module, auto: Any, **options: Any) -> nn.Module:
-    """The model in the recipe's dtype, its new weights drawn with the recipe's seed."""
+def load_model(
+    recipe: Recipe, found: str | nn.Module, auto: Any, **options: Any
+) -> tuple[nn.Module, list[str]]:
+    """The model in the recipe's dtype, its new weights drawn with the recipe's seed.
+
+    Returns:
+        The model, and names of its modules that are new, such as a head: all that it has and what it was loaded from
+        has not. Of a model that a function made, what PEFT takes for a head.
+    """
     set_seed(recipe.optimisation.seed)
     dtype = getattr(torch, recipe.model.dtype)
     if isinstance(found, nn.Module):
-        return found.to(dtype)
-    model: nn.Module = auto.from_pretrained(found, revision=recipe.model.revision, dtype=dtype, **options)
-    return model
+        return found.to(dtype), [name for name in _HEADS if hasattr(found, name)]
+    model, report = auto.from_pretrained(
+        found, revision=recipe.model.revision, dtype=dtype, output_loading_info=True, **options
+    )
+    new = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
+    return model, _whole_modules(model, new)
+
+
+def _whole_modules(model: nn.Module, parameters: set[str]) -> list[str]:
+    """The largest modules all of whose parameters are among these."""
+    found: list[str] = []
+    every = [name for name, _ in model.named_parameters()]
+    for module, _ in model.named_modules():
+        own = [name for name in every if name.startswith(f"{module}.")]
+        inside = any(module.startswith(f"{outer}.") for outer in found)
+        if own and parameters.issuperset(own) and not inside:
+            found.append(module)
+    return found
 
 
 def load_tokenizer(recipe: Recipe, found: str | nn.Module) -> Any:
@@ -67,37 +90,54 @@ def load_image_processor(recipe: Recipe, found: str | nn.Module) -> Any:
     return AutoImageProcessor.from_pretrained(_processor(recipe, found), revision=_revision(recipe))
 
 
-def with_trained(recipe: Recipe, model: nn.Module) -> nn.Module:
+def with_trained(recipe: Recipe, model: nn.Module, new: Sequence[str] = ()) -> nn.Module:
     """The model with its frozen parameters frozen, or with adapters.
 
     Adapters are drawn with the recipe's seed alone, so those of a team start alike whatever their heads have drawn.
 
+    Args:
+        recipe: The recipe.
+        model: The model.
+        new: Names of modules that what it was loaded from does not have. Beside adapters they are trained whole and
+            saved, since whoever loads the base again draws others.
+
     Raises:
-        OptionError: If a pattern of ``freeze`` finds no parameter, or nothing is left to train.
+        OptionError: If a pattern of ``freeze`` finds no parameter, nothing is left to train, or PEFT is not installed.
     """
-    names = [name for name, _ in model.named_parameters()]
-    idle = [p for p in recipe.optimisation.freeze if not any(re.search(p, name) for name in names)]
+    lora = recipe.task.lora
+    if lora is not None and recipe.task.kind != "causal-lm":  # TRL adds adapters itself
+        try:
+            import peft
+        except ImportError as error:
+            raise OptionError("adapters are PEFT's; run: pip install 'mergeready[lora]'") from error
+        is_known = recipe.task.kind == "text-classification" and any(hasattr(model, name) for name in _HEADS)
+        set_seed(recipe.optimisation.seed)
+        model = peft.get_peft_model(model, lora_config(lora, "SEQ_CLS" if is_known else None, new))
+    freeze(recipe, model)
+    return model
+
+
+def freeze(recipe: Recipe, model: nn.Module) -> None:
+    """Freeze what the recipe says, adapters included.
+
+    Raises:
+        OptionError: If a pattern finds no parameter, or nothing is left to train.
+    """
+    named = {name.removeprefix(_INSIDE_PEFT): value for name, value in model.named_parameters()}
+    idle = [p for p in recipe.optimisation.freeze if not any(re.search(p, name) for name in named)]
     if idle:
         raise OptionError(
-            f"`optimisation.freeze`: {idle} finds no parameter; they are called like {names[0]}."
+            f"`optimisation.freeze`: {idle} finds no parameter; they are called like {next(iter(named))}."
         )
-    for name, parameter in model.named_parameters():
+    for name, parameter in named.items():
         if any(re.search(pattern, name) for pattern in recipe.optimisation.freeze):
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise OptionError("`optimisation.freeze` leaves nothing to train.")
-    if recipe.task.lora is None or recipe.task.kind == "causal-lm":  # TRL adds adapters itself
-        return model
-    import peft
-
-    kind = "SEQ_CLS" if recipe.task.kind == "text-classification" and hasattr(model, "classifier") else None
-    set_seed(recipe.optimisation.seed)
-    adapted: nn.Module = peft.get_peft_model(model, lora_config(recipe.task.lora, kind))
-    return adapted
 
 
-def lora_config(settings: LoraSettings, kind: str | None) -> Any:
-    """PEFT's configuration of the adapters."""
+def lora_config(settings: LoraSettings, kind: str | None, whole: Sequence[str] = ()) -> Any:
+    """PEFT's configuration of the adapters, and of the modules that are trained whole beside them."""
     import peft
 
     return peft.LoraConfig(
@@ -106,8 +146,14 @@ def lora_config(settings: LoraSettings, kind: str | None) -> Any:
         lora_dropout=settings.dropout,
         target_modules=settings.targets,
         use_rslora=settings.rslora,
+        modules_to_save=list(whole) or None,
         task_type=kind,
     )
+
+
+_HEADS = ("classifier", "score")
+"""What PEFT takes for the head of a classifier."""
+_INSIDE_PEFT = "base_model.model."
 
 
 def _processor(recipe: Recipe, found: str | nn.Module) -> str:
