@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from mergeready.errors import OptionError, listing
-from mergeready.recipes.load_data import load_data, require_columns
+from mergeready.recipes.load_data import chosen, read_data, require_columns
 from mergeready.recipes.recipe import Recipe
 from mergeready.recipes.sources import Split
 
@@ -73,11 +73,12 @@ def load_classes(recipe: Recipe, columns: list[str], label: str) -> tuple[dict[S
     names: list[str] = []
     groups: list[int] = []
     for group, (task, settings) in enumerate(parts.items()):
-        splits = load_data(settings, recipe.optimisation.seed)
-        require_columns(splits, [*columns, label], "task")
-        known = _class_names(splits["train"], label)
+        whole = read_data(settings)
+        require_columns(whole, [*columns, label], "task")
+        # Of all training examples: those that are left out, or held out, may be a class's only ones.
+        known = _class_names(whole["train"], label)
         numbers = {value: len(names) + index for index, value in enumerate(known)}
-        for split, data in splits.items():
+        for split, data in chosen(whole, settings, recipe.optimisation.seed).items():
             loaded.setdefault(split, []).append(_numbered(data, split, label, numbers, columns))
         names += [f"{task}: {shown}" if task else shown for shown in known.values()]
         groups += [group] * len(known)
@@ -89,7 +90,10 @@ def _class_names(data: Dataset, label: str) -> Mapping[Any, str]:
     feature = data.features[label]
     if isinstance(feature, ClassLabel):
         return dict(enumerate(feature.names))
-    return {value: str(value) for value in sorted(set(data[label]))}
+    values = set(data[label])
+    if None in values:
+        raise OptionError(f"the training data has examples without a class: `{label}` is empty there.")
+    return {value: str(value) for value in sorted(values)}
 
 
 def _numbered(

@@ -23,22 +23,44 @@ def load_data(settings: DataSettings, seed: int) -> dict[Split, Dataset]:
     Raises:
         OptionError: If there is no such data, or no training split in it.
     """
+    return chosen(read_data(settings), settings, seed)
+
+
+def read_data(settings: DataSettings) -> dict[Split, Dataset]:
+    """Datasets by split, whole.
+
+    A split that was given another name's part keeps it to itself: with ``validation: test`` there is no test split,
+    since results are not reported on what decisions were taken on.
+
+    Raises:
+        OptionError: If there is no such data, no training split in it, or two splits are one.
+    """
     found = _load(settings)
-    named = {split: settings.splits.get(split, split) for split in SPLITS}
-    missing = [name for split, name in named.items() if name not in found and split in settings.splits]
-    if missing or named["train"] not in found:
+    given = list(settings.splits.values())
+    twice = sorted({name for name in given if given.count(name) > 1})
+    if twice:
+        raise OptionError(f"`data.splits` names {listing(twice)} for more than one split.")
+    own = {split: split for split in SPLITS if split not in settings.splits and split not in given}
+    named = {**own, **settings.splits}
+    missing = [name for name in given if name not in found]
+    if missing or named.get("train") not in found:
         raise OptionError(
-            f"`data` has no split {listing(missing or [named['train']])}; it has {listing(found)}. Say which is which "
-            "with `data.splits`, such as splits: {train: all}."
+            f"`data` has no split {listing(missing or [named.get('train', 'train')])}; it has {listing(found)}. Say which "
+            "is which with `data.splits`, such as splits: {train: all}."
         )
-    splits: dict[Split, Dataset] = {split: found[name] for split, name in named.items() if name in found}
-    if "validation" not in splits:
-        parts = splits["train"].train_test_split(test_size=settings.holdout, seed=seed)
-        splits |= {"train": parts["train"], "validation": parts["test"]}
+    return {split: found[named[split]] for split in SPLITS if named.get(split) in found}
+
+
+def chosen(splits: Mapping[Split, Dataset], settings: DataSettings, seed: int) -> dict[Split, Dataset]:
+    """What a run takes of its data: with validation examples held out if there are none, and no more than allowed."""
+    taken = dict(splits)
+    if "validation" not in taken:
+        parts = taken["train"].train_test_split(test_size=settings.holdout, seed=seed)
+        taken |= {"train": parts["train"], "validation": parts["test"]}
     for split, most in settings.limit.items():
-        if split in splits and len(splits[split]) > most:
-            splits[split] = splits[split].shuffle(seed=seed).select(range(most))
-    return splits
+        if split in taken and len(taken[split]) > most:
+            taken[split] = taken[split].shuffle(seed=seed).select(range(most))
+    return taken
 
 
 def _load(settings: DataSettings) -> Mapping[str, Dataset]:
