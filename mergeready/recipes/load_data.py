@@ -42,11 +42,13 @@ def read_data(settings: DataSettings) -> dict[Split, Dataset]:
         raise OptionError(f"`data.splits` names {listing(twice)} for more than one split.")
     own = {split: split for split in SPLITS if split not in settings.splits and split not in given}
     named = {**own, **settings.splits}
+    if "train" not in named:
+        raise OptionError("`data.splits` gives the split train away: say which one is to be trained on.")
     missing = [name for name in given if name not in found]
-    if missing or named.get("train") not in found:
+    if missing or named["train"] not in found:
         raise OptionError(
-            f"`data` has no split {listing(missing or [named.get('train', 'train')])}; it has {listing(found)}. Say which "
-            "is which with `data.splits`, such as splits: {train: all}."
+            f"`data` has no split {listing(missing or [named['train']])}; it has {listing(found)}. Say which is which "
+            "with `data.splits`, such as splits: {train: all}."
         )
     return {split: found[named[split]] for split in SPLITS if named.get(split) in found}
 

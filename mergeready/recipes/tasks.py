@@ -33,7 +33,7 @@ class TextClassification(BaseModel):
 
     kind: Literal["text-classification"]
     """A text to one of several classes."""
-    text: str | list[str] = "text"
+    text: str | Annotated[list[str], Field(min_length=1, max_length=2)] = "text"
     """Column of the text; two columns for pairs of texts."""
     label: str = "label"
     """Column of the class: a number, or a name."""
