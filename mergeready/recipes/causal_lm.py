@@ -14,7 +14,14 @@ from mergeready.merging.evaluation import Evaluate
 from mergeready.recipes.arguments import training_arguments
 from mergeready.recipes.evaluations import TokenMetric
 from mergeready.recipes.load_data import load_data
-from mergeready.recipes.load_model import find_model, freeze, load_model, load_tokenizer, lora_config
+from mergeready.recipes.load_model import (
+    base_of,
+    find_model,
+    freeze,
+    load_model,
+    load_tokenizer,
+    lora_config,
+)
 from mergeready.recipes.prepared import Prepared, evaluations
 from mergeready.recipes.recipe import Recipe
 from mergeready.recipes.tasks import CausalLM
@@ -63,7 +70,7 @@ def prepare_causal_lm(recipe: Recipe, task: CausalLM) -> Prepared:
         return TokenMetric(metric, data, lambda rows: padded(rows, tokenizer.pad_token_id), size, precision)
 
     made = evaluations(recipe, "loss", encoded, raw, tokenizer, built_in)
-    return Prepared(trainer, tokenizer, made, found if isinstance(found, str) else None)
+    return Prepared(trainer, tokenizer, made, base_of(found, recipe.model.revision))
 
 
 def padded(rows: Sequence[Mapping[str, Any]], pad: int) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 from mergeready.recipes.arguments import training_arguments
 from mergeready.recipes.classes import CLASS, Classes
 from mergeready.recipes.evaluations import ClassMetric, Collate
-from mergeready.recipes.load_model import load_model, with_trained
+from mergeready.recipes.load_model import base_of, load_model, with_trained
 from mergeready.recipes.prepared import Prepared, evaluations
 from mergeready.recipes.recipe import Recipe
 from mergeready.recipes.sources import Split
@@ -72,4 +72,4 @@ def prepare_classifier(
         return ClassMetric(metric, classes, data, collate, 4 * wanted.batch_size, wanted.precision)
 
     made = evaluations(recipe, "accuracy", splits, raw, processor, built_in)
-    return Prepared(trainer, processor, made, found if isinstance(found, str) else None)
+    return Prepared(trainer, processor, made, base_of(found, recipe.model.revision))

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoTokenizer, set_seed
 
 from mergeready.errors import OptionError
+from mergeready.experts.base import Base
 from mergeready.recipes.recipe import Recipe
 from mergeready.recipes.tasks import LoraSettings
 from mergeready.targets import call_target, is_target
@@ -35,6 +36,17 @@ def find_model(recipe: Recipe) -> str | nn.Module:
             f"`model`: {settings.name} gave a {type(found).__name__} instead of a model or where one is."
         )
     return found
+
+
+def base_of(found: str | nn.Module, revision: str | None) -> str | Base | None:
+    """The weights that training starts from, of the revision that the recipe names; None where they come from nowhere.
+
+    Raises:
+        OptionError: If a revision is given of what is no hub id.
+    """
+    if not isinstance(found, str):
+        return None
+    return found if revision is None else Base.open(found, revision=revision)
 
 
 def load_model(

@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import Trainer
 
 from mergeready.errors import OptionError
+from mergeready.experts.base import Base
 from mergeready.merging.evaluation import Evaluate
 from mergeready.recipes.recipe import Recipe
 from mergeready.recipes.sources import Split
@@ -26,13 +27,13 @@ class Prepared:
         trainer: The Trainer, without our callback.
         processor: Tokenizer or image processor.
         evaluations: An evaluation for each of ``validation`` and, if there is one, ``test``.
-        base: Folder or hub id of the weights that training starts from, where they come from one.
+        base: The weights that training starts from, where they come from a folder or hub id.
     """
 
     trainer: Trainer
     processor: Any
     evaluations: dict[str, Evaluate]
-    base: str | None
+    base: str | Base | None
 
 
 def evaluations(
