@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from mergeready.recipes.optimisation import OptimisationSettings
 from mergeready.recipes.recipe import Recipe
 
 
@@ -15,7 +16,7 @@ def training_arguments(recipe: Recipe) -> dict[str, Any]:
     made: dict[str, Any] = {
         "output_dir": recipe.output,
         "learning_rate": wanted.learning_rate,
-        "lr_scheduler_type": wanted.schedule,
+        "lr_scheduler_type": _schedule(wanted),
         "warmup_steps": wanted.warmup,
         "per_device_train_batch_size": wanted.batch_size,
         "per_device_eval_batch_size": wanted.batch_size,
@@ -43,3 +44,8 @@ def training_arguments(recipe: Recipe) -> dict[str, Any]:
     if wanted.sharding == "fsdp2":
         made |= {"fsdp": "full_shard", "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT"}}
     return made
+
+
+def _schedule(wanted: OptimisationSettings) -> str:
+    """The name of transformers, whose constant schedule takes no notice of a warm-up."""
+    return "constant_with_warmup" if wanted.schedule == "constant" and wanted.warmup else wanted.schedule
