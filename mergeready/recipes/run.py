@@ -96,12 +96,12 @@ class Run:
         total: int = math.ceil(arguments.num_train_epochs * steps)
         return total
 
-    def train(self, until: int | None = None, peers: Sequence[PeerLike] | None = None) -> None:
+    def train(self, until: int | None = None, peers: Sequence[PeerLike] = ()) -> None:
         """Train to the end, or until a step, from the newest checkpoint if there is one.
 
         Args:
             until: Save a checkpoint after this step and return.
-            peers: Other peers than the recipe's.
+            peers: Further peers, beside the recipe's.
         """
         checkpoint = newest_checkpoint(self.folder)
         state = None if checkpoint is None else checkpoint_state(checkpoint)
@@ -143,13 +143,12 @@ class Run:
             write_result(self.folder, result)
         return result
 
-    def _options(self, peers: Sequence[PeerLike] | None) -> dict[str, Any]:
+    def _options(self, peers: Sequence[PeerLike]) -> dict[str, Any]:
         options: dict[str, Any] = dict(self.recipe.mergeready.options())
         probe = options.get("probe")
         if probe is not None and probe.evaluate is None:
             options["probe"] = replace(probe, evaluate=self.prepared.evaluations["validation"])
-        if peers is not None:
-            options["peers"] = peers
+        options["peers"] = [*options["peers"], *peers]
         options["base"] = self.base
         return options
 

@@ -6,7 +6,7 @@ import os
 from contextlib import ExitStack
 from pathlib import Path
 
-from mergeready.errors import UnsupportedError
+from mergeready.errors import OptionError, UnsupportedError
 from mergeready.experts.fingerprint import SUFFIX
 from mergeready.experts.live import LiveExpert
 from mergeready.merging.evaluation import is_greater_better, run_evaluation
@@ -36,6 +36,7 @@ def run_team(recipe: Recipe) -> RunResult:
 
     Raises:
         MergeReadyError: As :func:`~mergeready.recipes.run.run_recipe` does.
+        OptionError: If there is no base that members could be merged on.
         UnsupportedError: In a job of several processes.
     """
     # torchrun says so before any process group is there, which only a Trainer would make.
@@ -76,6 +77,12 @@ def shown(folder: Path, number: int, name: str, team: TeamSettings) -> Path:
 def _play(folder: Path, number: int, name: str, member: Recipe, team: TeamSettings) -> None:
     """One member's part of one round."""
     run = Run(member, prepare(member))
+    is_adapter_of_lm = member.task.kind == "causal-lm" and member.task.lora is not None
+    if run.base is None and not is_adapter_of_lm:
+        raise OptionError(
+            "a function made the model, and members of a team are merged on the base that they share: say with "
+            "`mergeready.base` where it is."
+        )
     others = [] if number == 1 else [other for other in team.members if other != name]
     peers = [Peer(str(shown(folder, number - 1, other, team)), name=other) for other in others]
     run.train(until=round(run.total_steps * number / team.rounds), peers=peers)

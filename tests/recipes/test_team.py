@@ -1,0 +1,52 @@
+"""Teams: who is measured against whom, and what is refused before anybody trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import BertModel
+
+from mergeready import read_history
+from mergeready.errors import OptionError
+from mergeready.recipes import parse_recipe, tiny
+from mergeready.recipes.team import run_team
+from tests.models import perturb
+
+
+def content(folder: Path) -> dict[str, Any]:
+    return {
+        "model": "mergeready.recipes.tiny:text",
+        "data": {"name": "mergeready.demo.samples:texts", "limit": {"train": 16, "validation": 8, "test": 8}},
+        "task": {"kind": "text-classification", "max_tokens": 16},
+        "optimisation": {"learning_rate": 1e-3, "steps": 2, "batch_size": 4, "save_every": 1, "device": "cpu"},
+        "mergeready": {"probe": False, "picks": False, "measure": {"every": 1}},
+        "team": {
+            "members": {
+                "a": {"data": {"with": {"task": "udhr"}}},
+                "b": {"data": {"with": {"task": "emoji_name"}}},
+            },
+            "merge": ["average"],
+        },
+        "output": str(folder / "team"),
+    }
+
+
+@pytest.mark.slow
+def test_members_are_measured_against_the_recipes_peers_too(tmp_path: Path) -> None:
+    perturb(BertModel.from_pretrained(tiny.text()), 1).save_pretrained(tmp_path / "outsider")
+    given = content(tmp_path)
+    given["mergeready"]["peers"] = [str(tmp_path / "outsider")]
+    run_team(parse_recipe(given))
+    first, last = read_history(tmp_path / "team/a/mergeready/history.jsonl").metrics
+    assert [label.rpartition("/")[2] for label in first.cosine] == ["outsider"]
+    assert sorted(label.rpartition("/")[2] for label in last.cosine) == ["b", "outsider"]
+
+
+def test_a_team_without_a_base_is_refused_before_anybody_trains(tmp_path: Path) -> None:
+    given = content(tmp_path)
+    given["model"] = {"name": "tests.recipes.score:model", "processor": "mergeready.recipes.tiny:text"}
+    with pytest.raises(OptionError, match=r"say with `mergeready.base` where it is"):
+        run_team(parse_recipe(given))
+    assert not list((tmp_path / "team").rglob("checkpoint-*"))
