@@ -33,6 +33,16 @@ class Classes:
     groups: tuple[int, ...]
     tasks: tuple[str, ...]
 
+    @property
+    def plain(self) -> tuple[str, ...]:
+        """A name for each class, without the task's.
+
+        >>> Classes(("x: cat", "y: x: dog"), (0, 1), ("x", "y")).plain
+        ('cat', 'x: dog')
+        """
+        named = zip(self.names, self.groups, strict=True)
+        return tuple(name.removeprefix(f"{self.tasks[group]}: ") for name, group in named)
+
     def masked(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Logits in which classes of other tasks are out of reach, shape (batch, classes).
 

@@ -44,7 +44,7 @@ def _model(recipe: Recipe, task: ImageClassification, classes: Classes, found: A
         )
     if not isinstance(found, str):
         raise OptionError("`task.head: zero-shot` needs a folder or hub id of a CLIP model in `model`.")
-    names = task.class_names or list(classes.names)
+    names = task.class_names or list(classes.plain)
     if len(names) != len(classes.names):
         raise OptionError(f"`task.class_names` has {len(names)} names for {len(classes.names)} classes.")
     model = zero_shot_classifier(found, recipe, [task.prompt.format(name) for name in names])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from mergeready.errors import listing
+from mergeready.targets import is_target
 
 STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, populate_by_name=True)
 
@@ -26,6 +29,11 @@ class ModelSettings(BaseModel):
     """Dtype of the weights in training. Adapters of large models can have a bfloat16 base."""
     processor: str | None = None
     """Hub id or folder of the tokenizer or image processor; by default the model's own."""
+
+    @model_validator(mode="after")
+    def _only_for_functions(self) -> Self:
+        _require_function(self.name, self.arguments)
+        return self
 
 
 class DataSettings(BaseModel):
@@ -52,6 +60,23 @@ class DataSettings(BaseModel):
     join: dict[str, DataSettings] | None = None
     """Instead of ``name``: several tasks by name, for one model on all of them (the joint baseline)."""
 
+    @model_validator(mode="after")
+    def _joined(self) -> Self:
+        if self.join is None:
+            return self
+        beside = [name for name in _OF_ONE_TASK if name in self.model_fields_set and getattr(self, name)]
+        if beside:
+            raise ValueError(
+                f"beside `join`, {listing(beside)} would do nothing: say it for each task inside"
+            )
+        odd = [task for task, part in self.join.items() if (part.name is None) == (part.files is None)]
+        if odd:
+            raise ValueError(f"`join` takes one of `name` and `files` for each task, unlike {listing(odd)}")
+        return self
+
+
+_OF_ONE_TASK = ("subset", "revision", "splits", "limit", "holdout")
+
 
 class EvaluationSettings(BaseModel):
     """What probes and the final result measure."""
@@ -67,9 +92,19 @@ class EvaluationSettings(BaseModel):
     arguments: dict[str, Any] = Field(default_factory=dict, alias="with")
     """Further arguments of the function."""
 
+    @model_validator(mode="after")
+    def _only_for_functions(self) -> Self:
+        _require_function(self.name, self.arguments)
+        return self
+
 
 def _by_name(given: Any) -> Any:
     return {"name": given} if isinstance(given, str) else given
+
+
+def _require_function(name: str, arguments: dict[str, Any]) -> None:
+    if arguments and not is_target(name):
+        raise ValueError(f"`with` holds arguments of a function, and {name} is none")
 
 
 Model = Annotated[ModelSettings, BeforeValidator(_by_name, json_schema_input_type=str | ModelSettings)]

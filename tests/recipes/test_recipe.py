@@ -69,6 +69,30 @@ def broken(text: str) -> list[str]:
         ("output:", "mergeready: {stop: {merged_plateau: {patience: 0}}}\noutput:", 7, "at least 1, not 0"),
         ("output:", "team: {members: {a: {}}}\noutput:", 7, "team.members"),
         (
+            "org/reviews",
+            "{join: {a: {name: org/a}}, limit: {train: 3}, holdout: 0.2}",
+            2,
+            "limit, holdout would do",
+        ),
+        (
+            "org/reviews",
+            "{join: {a: {name: org/a}, b: {subset: x}}}",
+            2,
+            "`name` and `files` for each.*unlike b",
+        ),
+        (
+            "model: org/base",
+            "model: {name: org/base, with: {num_labels: 3}}",
+            1,
+            "`with` holds.*org/base is none",
+        ),
+        (
+            "output:",
+            "evaluation: {name: accuracy, with: {top: 5}}\noutput:",
+            7,
+            "`with` holds.*accuracy is none",
+        ),
+        (
             "{kind: text-classification}",
             "{kind: image-classification, prompt: a photo}",
             3,
