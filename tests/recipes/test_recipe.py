@@ -137,6 +137,19 @@ def test_shipped_recipes_are_valid_and_survive_a_round_trip(path: Path, quick: b
     assert (path.parent / "README.md").is_file()
 
 
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_flat_start_ends_no_shipped_recipe(path: Path) -> None:
+    """Learning rates rise, and metrics of few examples stand still at first: a quarter of the run is trained anyway."""
+    recipe = read_recipe(path)
+    policy, probe = recipe.mergeready.stop.merged_plateau, recipe.mergeready.probe
+    if policy is None or not probe:
+        return
+    steps = recipe.optimisation.steps
+    assert steps is not None
+    probes = [step for step in range(1, steps + 1) if probe.schedule.has(step, steps)]
+    assert next(s for s in probes[policy.patience :] if s >= policy.min_step) >= steps / 4
+
+
 def test_the_schema_is_one_and_accepts_all_shipped_recipes() -> None:
     schema = json_schema()
     jsonschema.Draft202012Validator.check_schema(schema)
