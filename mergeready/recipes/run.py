@@ -155,7 +155,8 @@ class Run:
     def _score(self, function: Evaluate, split: str) -> tuple[str, float]:
         model = self.prepared.trainer.model
         found = call_evaluation(function, model, split)
-        metric = choose_metric(found, None, split)
+        probe = self.recipe.mergeready.probe
+        metric = choose_metric(found, probe.metric if probe else None, split)
         return metric, take_score(found, metric, split).value
 
 

@@ -102,6 +102,8 @@ def _merged(team: TeamSettings, runs: dict[str, Run], results: dict[str, RunResu
     metric = next(iter(results.values())).metric
     if metric is None:
         raise UnsupportedError("a team needs an `evaluation`.")
+    probe = next(iter(runs.values())).recipe.mergeready.probe
+    is_greater = is_greater_better(metric, probe.greater_is_better if probe else None)
     split = "test" if all("test" in result.scores for result in results.values()) else "validation"
     merged: dict[str, dict[str, float]] = {}
     scales: dict[str, float] = {}
@@ -133,7 +135,7 @@ def _merged(team: TeamSettings, runs: dict[str, Run], results: dict[str, RunResu
             search = search_scale(
                 mean_at,
                 FIRST_SCALES,
-                greater_is_better=is_greater_better(metric),
+                greater_is_better=is_greater,
                 base_value=mean_at(0.0),
                 max_evaluations=MAX_EVALUATIONS,
             )

@@ -5,11 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, BertModel
+
+from mergeready.recipes import tiny
 
 
 def constant(data: Any, split: str, processor: Any, value: float) -> Callable[[Any], dict[str, float]]:
     return lambda model: {"score": value, "examples": float(len(data[split]))}
+
+
+def distance(data: Any, split: str, processor: Any) -> Callable[[Any], dict[str, float]]:
+    """How far an encoder is from the tiny one that it was made of, and what else somebody may want to know."""
+    before = BertModel.from_pretrained(tiny.text()).encoder.layer[0].output.dense.weight.detach()
+
+    def evaluate(model: Any) -> dict[str, float]:
+        weight = model.bert.encoder.layer[0].output.dense.weight
+        return {"distance": float((weight - before).norm()), "rows": float(len(data[split]))}
+
+    return evaluate
 
 
 def model() -> BertForSequenceClassification:

@@ -20,7 +20,13 @@ def content(folder: Path) -> dict[str, Any]:
         "model": "mergeready.recipes.tiny:text",
         "data": {"name": "mergeready.demo.samples:texts", "limit": {"train": 16, "validation": 8, "test": 8}},
         "task": {"kind": "text-classification", "max_tokens": 16},
-        "optimisation": {"learning_rate": 1e-3, "steps": 2, "batch_size": 4, "save_every": 1, "device": "cpu"},
+        "optimisation": {
+            "learning_rate": 1e-3,
+            "steps": 2,
+            "batch_size": 4,
+            "save_every": 1,
+            "device": "cpu",
+        },
         "mergeready": {"probe": False, "picks": False, "measure": {"every": 1}},
         "team": {
             "members": {
@@ -50,3 +56,21 @@ def test_a_team_without_a_base_is_refused_before_anybody_trains(tmp_path: Path) 
     with pytest.raises(OptionError, match=r"say with `mergeready.base` where it is"):
         run_team(parse_recipe(given))
     assert not list((tmp_path / "team").rglob("checkpoint-*"))
+
+
+@pytest.mark.slow
+def test_what_counts_and_in_which_direction_holds_to_the_end(tmp_path: Path) -> None:
+    """Of the distance, one of the two numbers that are returned, less is better: the best merge changes little."""
+    given = content(tmp_path)
+    schedule = {"every": 2, "geometric": False}
+    given["mergeready"]["probe"] = {
+        "metric": "distance",
+        "greater_is_better": False,
+        "max_evaluations": 3,
+        "schedule": schedule,
+    }
+    given["evaluation"] = "tests.recipes.score:distance"
+    result = run_team(parse_recipe(given))
+    assert result.metric == "distance"
+    assert result.merged["average"]["mean"] < result.scores["mean"]
+    assert result.scales["average"] < 1
