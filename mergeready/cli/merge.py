@@ -114,12 +114,19 @@ def merge(
         mergekit.write_text(to_mergekit(recipe), encoding="utf-8")
     options = recipe.options() | {"memory": parse_bytes(memory), "threads": threads, "strict": strict}
     out = console()
+    is_model = form == "model" and rank is None
+    options_of_models = {"--plan": plan, "--memory": memory is not None, "--threads": threads is not None}
+    idle = [] if is_model else [name for name, is_given in options_of_models.items() if is_given]
+    if idle:
+        raise OptionError(
+            f"{listing(idle)} is for merges into a model: leave it out, or leave out `--as` and `--rank`."
+        )
     if plan:
         _print_plan(out, merge_plan(recipe.base, recipe.experts, **options))
         return
     if output is None:
         raise typer.BadParameter("name the folder to write.", param_hint="'--output'")
-    if form != "model" or rank is not None:
+    if not is_model:
         merge_into_adapter(out, recipe, output, form, rank, strict=strict, overwrite=overwrite)
         return
     with _progress_bar(out) as progress:

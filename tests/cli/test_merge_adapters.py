@@ -33,6 +33,11 @@ def test_compression_prints_the_energy(here: Path, tmp_path: Path) -> None:
         (["--as", "adapter", "--rank", "many"], "`rank` must be"),
         (["--as", "adapter", "-m", "ties"], "ties gives changes of full rank: choose `rank`"),
         (["--as", "adapter", "--arithmetic", "float64"], "belong to merges into a model"),
+        (["--as", "adapter", "--plan"], "--plan is for merges into a model"),
+        (
+            ["--rank", "4", "--memory", "1GB", "--threads", "2"],
+            "--memory, --threads is for merges into a model",
+        ),
     ],
 )
 def test_what_is_wrong_is_said(
