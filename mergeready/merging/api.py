@@ -80,7 +80,8 @@ def merge(
             optimum may lie beyond what was tried.
         weights: One factor an expert; 1 each by default.
         overrides: What differs for groups of parameters: a regular expression on parameter names to ``method``,
-            ``scale``, ``weights`` or method parameters, as in ``{"embed": {"scale": 0.3}}``. The first match counts.
+            ``scale``, ``weights`` or method parameters, as in ``{"embed": {"scale": 0.3}}``. The first match counts;
+            one that matches no parameter is an error, unless it says ``"required": False``.
         dtype: Floating dtype of the result; the base's own by default. Not for modules.
         statistics: Where running statistics come from: ``base`` or ``average``.
         strict: Refuse experts whose parameter names differ from the base's; see ``open_expert``.

@@ -89,7 +89,7 @@ class MergedInPlace:
         self._settings = MergeSettings.make(
             method, len(self.vectors), scale=scale, weights=weights, overrides=overrides, **parameters
         )
-        self._settings.check(self.vectors)
+        self._settings.check(self.live.base.source, self.vectors)
         self._deltas: dict[str, Tensor] = {}
         self._stack = ExitStack()
         names = [*self.live.vector, *(name for vector in opened for name in vector)]

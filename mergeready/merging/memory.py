@@ -35,7 +35,7 @@ def merge_state(
         NonFiniteError: If the result would hold NaN or infinite values.
     """
     vectors = [expert.vector for expert in experts]
-    settings.check(vectors)
+    settings.check(base.source, vectors)
     warn_if_stale(base.source, expert_statistics(experts), KEPT[statistics])
     state: dict[str, Tensor] = {}
     broken: list[str] = []

@@ -236,7 +236,10 @@ class _Reader:
                     kept[chosen] = made
         largest_first = sorted(kept, key=lambda chosen: -len(chosen))
         return {
-            _pattern(sorted(chosen, key=filters.index)): self._difference(kept[chosen], default)
+            _pattern(sorted(chosen, key=filters.index)): {
+                **self._difference(kept[chosen], default),
+                "required": False,  # there, filters of tensors that are not there are no mistake
+            }
             for chosen in largest_first
             if chosen
         }
@@ -351,7 +354,7 @@ def _literal(key: str) -> str:
 
 
 def _plain_override(key: str, given: Mapping[str, Any], known: _Known) -> Mapping[str, Any]:
-    strange = [name for name in given if name not in ("weights", "scale", *known.own)]
+    strange = [name for name in given if name not in ("weights", "scale", "required", *known.own)]
     if strange:
         raise OptionError(
             f"mergekit cannot change {listing(strange)} for a group, as the override {key!r} does."

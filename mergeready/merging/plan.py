@@ -150,7 +150,7 @@ class MergeJob:
         count = check_threads(threads)
         base = Base.open(base)
         opened = tuple(open_experts(experts, base, strict=strict))
-        settings.check([expert.vector for expert in opened])
+        settings.check(base.source, [expert.vector for expert in opened])
         warn_if_stale(base.source, expert_statistics(opened), KEPT[statistics])
         infos = {name: _output_info(name, info, dtype) for name, info in base.source.infos.items()}
         layout = FolderLayout.plan(infos, shard_bytes=shard_bytes)

@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mergeready.errors import OptionError
+from mergeready.errors import OptionError, listing
 from mergeready.experts.task_vector import TaskVector
 from mergeready.merging.method import MergeMethod
 from mergeready.merging.parameter import check_scale, check_weights
 from mergeready.merging.registry import MethodLike, make_method
+from mergeready.weights.source import WeightSource, is_mergeable
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,12 @@ class MergeSettings:
         default: For every parameter that no override matches.
         overrides: Regular expressions with what is done to the parameters they match (``re.search`` on the base's
             parameter name); the first match counts. Their scales multiply the merge's own.
+        optional: Those of the expressions that may match nothing.
     """
 
     default: Setting
     overrides: tuple[tuple[str, Setting], ...] = ()
+    optional: frozenset[str] = frozenset()
 
     @classmethod
     def make(
@@ -56,7 +59,8 @@ class MergeSettings:
             scale: Factor on the merged delta.
             weights: One factor an expert; 1 each by default.
             overrides: Regular expression on parameter names to what differs there: ``method``, ``weights``, any
-                parameter of the method in force, or ``scale``, a factor on top of the merge's own scale.
+                parameter of the method in force, or ``scale``, a factor on top of the merge's own scale. With
+                ``required`` set to False it may match no parameter, which otherwise is taken for a mistake.
             **parameters: The method's parameters.
 
         Raises:
@@ -70,8 +74,11 @@ class MergeSettings:
         default = Setting(
             make_method(method, **parameters), check_scale(scale), check_weights(weights, count)
         )
+        made = [(key, *_override(key, given, default)) for key, given in (overrides or {}).items()]
         return cls(
-            default, tuple((key, _override(key, given, default)) for key, given in (overrides or {}).items())
+            default,
+            tuple((key, setting) for key, setting, _ in made),
+            frozenset(key for key, _, required in made if not required),
         )
 
     def at(self, name: str) -> Setting:
@@ -89,12 +96,14 @@ class MergeSettings:
         """
         return replace(self, default=replace(self.default, scale=check_scale(scale)))
 
-    def check(self, vectors: Sequence[TaskVector]) -> None:
-        """Let every method see whether it can merge these experts.
+    def check(self, base: WeightSource, vectors: Sequence[TaskVector]) -> None:
+        """Look for overrides that match nothing, and let every method see whether it can merge these experts.
 
         Raises:
-            MergeReadyError: If one cannot.
+            OptionError: If an override matches no parameter of the base, and is not optional.
+            MergeReadyError: If a method cannot merge them.
         """
+        self._require_matches(base)
         used: dict[tuple[MergeMethod, tuple[float, ...]], list[str]] = {}
         for name in dict.fromkeys(name for vector in vectors for name in vector):
             setting = self.at(name)
@@ -102,15 +111,36 @@ class MergeSettings:
         for (method, weights), names in used.items():
             method.check(vectors, names, weights)
 
+    def _require_matches(self, base: WeightSource) -> None:
+        names = [name for name, info in base.infos.items() if is_mergeable(name, info)]
+        wanted = [re.compile(key) for key, _ in self.overrides if key not in self.optional]
+        lost = [pattern for pattern in wanted if not any(map(pattern.search, names))]
+        if not lost:
+            return
+        tied = [
+            f"{alias} goes by the name of {name}, to which it is tied"
+            for alias, name in base.aliases.items()
+            if any(pattern.search(alias) for pattern in lost)
+        ]
+        raise OptionError(
+            f"overrides match no parameter of {base.label}: {listing(repr(p.pattern) for p in lost)}. They are regular "
+            f"expressions on names such as {listing(names, 4)}{''.join(f'; {text}' for text in tied[:4])}. Mend them, "
+            "or set `required` to False in those that may match nothing."
+        )
+
     def describe(self) -> dict[str, Any]:
         """Everything, JSON-ready."""
         described = _described(self.default)
         if self.overrides:
-            described["overrides"] = {key: _described(made) for key, made in self.overrides}
+            described["overrides"] = {
+                key: _described(made) | ({"required": False} if key in self.optional else {})
+                for key, made in self.overrides
+            }
         return described
 
 
-def _override(key: str, given: Mapping[str, Any], default: Setting) -> Setting:
+def _override(key: str, given: Mapping[str, Any], default: Setting) -> tuple[Setting, bool]:
+    """What one override does, and whether it has to match something."""
     try:
         re.compile(key)
     except re.error as error:
@@ -118,13 +148,16 @@ def _override(key: str, given: Mapping[str, Any], default: Setting) -> Setting:
     if not isinstance(given, Mapping):
         raise OptionError(f"the override {key!r} must map settings to values, not be {given!r}.")
     parameters = dict(given)
+    required = parameters.pop("required", True)
+    if not isinstance(required, bool):
+        raise OptionError(f"`required` of the override {key!r} must be true or false, not {required!r}.")
     scale = check_scale(parameters.pop("scale", 1.0))
     weights = check_weights(parameters.pop("weights", default.weights), len(default.weights))
     method: MethodLike = parameters.pop("method", default.method)
     if method is default.method and parameters:
         known = {field.name: getattr(method, field.name) for field in dataclasses.fields(default.method)}
-        return Setting(make_method(default.method.name, **{**known, **parameters}), scale, weights)
-    return Setting(make_method(method, **parameters), scale, weights)
+        return Setting(make_method(default.method.name, **{**known, **parameters}), scale, weights), required
+    return Setting(make_method(method, **parameters), scale, weights), required
 
 
 def _described(setting: Setting) -> dict[str, Any]:

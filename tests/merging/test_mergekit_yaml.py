@@ -146,6 +146,26 @@ def test_conditions_hold_for_the_tensors_they_name(
             assert made.scale == pytest.approx(theirs(scale, name))
 
 
+def test_filters_of_what_is_not_there_are_no_mistake(folder: Path, tmp_path: Path) -> None:
+    """Nor when both of two occur in no name together, or when the merge is repeated."""
+    weight = [{"filter": f, "value": v} for f, v in (("vision_tower", 0.5), ("norm", 0.25))] + [
+        {"value": 1.0}
+    ]
+    content = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(folder / "base"),
+        "models": [{"model": str(folder / "expert-0"), "parameters": {"weight": weight}}],
+    }
+    own = run(from_mergekit(content), tmp_path / "out")
+    content["models"] = [{"model": str(folder / "expert-0"), "parameters": {"weight": weight[1:]}}]
+    plain = run(from_mergekit(content), tmp_path / "plain")
+    assert own.keys() == plain.keys()
+    assert all(torch.equal(own[name], plain[name]) for name in own)
+    options = read_recipe(tmp_path / "out" / "mergeready_merge.yaml").options()
+    merge_folders(folder / "base", [folder / "expert-0"], tmp_path / "again", **options)
+    assert all(torch.equal(value, own[name]) for name, value in tensors_of(tmp_path / "again").items())
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
