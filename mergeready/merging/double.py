@@ -67,8 +67,7 @@ def check_arithmetic(arithmetic: Arithmetic, settings: MergeSettings) -> Arithme
     """
     if arithmetic not in get_args(Arithmetic):
         raise OptionError(f"`arithmetic` must be float32 or float64, not {arithmetic!r}.")
-    methods = [settings.default.method, *(setting.method for _, setting in settings.overrides)]
-    whole = dict.fromkeys(m.name for m in methods if not isinstance(m, ElementwiseMethod))
+    whole = dict.fromkeys(m.name for m in settings.methods if not isinstance(m, ElementwiseMethod))
     if arithmetic == "float64" and whole:
         raise OptionError(f"{listing(whole)} decompose matrices in float32; `arithmetic` must stay float32.")
     return arithmetic

@@ -100,10 +100,16 @@ def require_no_data(name: str, method: MergeMethod) -> None:
     Raises:
         OptionError: If it needs such data.
     """
-    if isinstance(method, WrappingMethod):
-        require_no_data(name, method.method)
-    if any(isinstance(value, Information) for value in vars(method).values()):
-        raise OptionError(f"{name} merges in other coordinates than those that {method.name} has data about.")
+    found = with_data(method)
+    if found is not None:
+        raise OptionError(f"{name} merges in other coordinates than those that {found} has data about.")
+
+
+def with_data(method: MergeMethod) -> str | None:
+    """The name of the method, this one or one inside of it, that has data about each expert; None without any."""
+    inside = with_data(method.method) if isinstance(method, WrappingMethod) else None
+    has_data = any(isinstance(value, Information) for value in vars(method).values())
+    return inside or (method.name if has_data else None)
 
 
 def as_deltas(matrices: Mapping[int, Tensor], count: int) -> list[Delta | None]:

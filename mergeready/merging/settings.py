@@ -81,6 +81,11 @@ class MergeSettings:
             frozenset(key for key, _, required in made if not required),
         )
 
+    @property
+    def methods(self) -> list[MergeMethod]:
+        """The methods of all settings."""
+        return [self.default.method, *(made.method for _, made in self.overrides)]
+
     def at(self, name: str) -> Setting:
         """What is done to a parameter."""
         for key, made in self.overrides:

@@ -21,6 +21,7 @@ from mergeready.merging.adapters.changes import Absent, Changes, merged_changes
 from mergeready.merging.adapters.compress import Rank, check_rank, rounding_error
 from mergeready.merging.adapters.peft_output import write_peft
 from mergeready.merging.folders import merge_folders, require_apart
+from mergeready.merging.inner import with_data
 from mergeready.merging.parameter import check_dtype
 from mergeready.merging.registry import MethodLike
 from mergeready.merging.settings import MergeSettings
@@ -128,7 +129,7 @@ def merge_adapters(
         weights: One factor an expert; 1 each by default.
         overrides: What differs for groups of parameters; see ``MergeSettings.make``.
         absent: An expert that does not adapt a module counts there as ``unchanged``, or is ``left_out``: a mean is then
-            over those that have it.
+            over those that have it. Methods that have data about experts need ``unchanged``.
         dtype: Dtype of the factors (or of the folded model); fp32 (or the base's) by default.
         strict: See ``open_expert``.
         overwrite: Replace ``output`` if it exists.
@@ -154,9 +155,12 @@ def merge_adapters(
     settings = MergeSettings.make(
         method, len(experts), scale=scale, weights=weights, overrides=overrides, **parameters
     )
+    if absent == "left_out":
+        _require_no_places(settings)
     base = Base.open(base)
     opened = open_experts(experts, base, strict=strict)
     vectors = _adapters(opened)
+    settings.check(base.source, vectors)
     overlap = target_overlap(vectors)
     notes = tuple(dict.fromkeys(note for expert in opened for note in expert.notes))
     if output_format == "full":
@@ -194,6 +198,17 @@ def target_overlap(vectors: Sequence[AdapterTaskVector]) -> list[list[float]]:
     """Jaccard index |A ∩ B| / |A ∪ B| of the parameters that each pair of adapters changes."""
     names = [set(vector) for vector in vectors]
     return [[len(a & b) / len(a | b) if a | b else 1.0 for b in names] for a in names]
+
+
+def _require_no_places(settings: MergeSettings) -> None:
+    """Refuse methods that find data about an expert by its place among all, which changes where some are left out.
+
+    Raises:
+        OptionError: If there is one.
+    """
+    found = dict.fromkeys(name for method in settings.methods if (name := with_data(method)) is not None)
+    if found:
+        raise OptionError(f"{listing(found)} has data about all experts: `absent` must be unchanged.")
 
 
 def _adapters(experts: Sequence[Expert]) -> list[AdapterTaskVector]:

@@ -23,14 +23,16 @@ from mergeready.errors import (
     OutputExistsError,
     UnsupportedError,
 )
-from mergeready.experts import open_expert
-from mergeready.merging import merge
+from mergeready.experts import Base, open_expert
+from mergeready.merging import make_method, merge
 from mergeready.merging.adapters import merge_adapters
+from mergeready.merging.information import Collected
 from tests.experts.mlx_files import random_adapter, write_adapter
 from tests.experts.test_adapterhub import GOLDENS
 from tests.experts.test_case_table import tiny_mixtral
 from tests.experts.test_peft_lora import VARIANTS, Variant, logits, trained
-from tests.merging.worlds import adapted
+from tests.merging.methods import made_up_fisher
+from tests.merging.worlds import adapted, state
 from tests.models import perturb, tiny_bert, tiny_gpt2, tiny_llama
 
 
@@ -165,6 +167,37 @@ def test_overrides_may_mix_exact_methods_only(plain: Pair, tmp_path: Path) -> No
     computes(loaded(plain.base, made.folder), logits(merge(plain.base, plain.both, overrides=overrides)))
     with pytest.raises(UnsupportedError, match=r"layer\.0.*ties gives"):
         merge_adapters(plain.base, plain.both, tmp_path / "no", overrides={"layer.0": {"method": "ties"}})
+
+
+def test_data_about_experts_must_be_theirs(plain: Pair, tmp_path: Path) -> None:
+    fishers = [made_up_fisher(state(plain.base), seed) for seed in (0, 1)]
+    made = merge_adapters(plain.base, plain.both, tmp_path / "out", "fisher", fisher=fishers, rank=64)
+    expected = logits(merge(plain.base, plain.both, "fisher", fisher=fishers))
+    torch.testing.assert_close(logits(loaded(plain.base, made.folder)), expected, rtol=1e-4, atol=1e-4)
+    values = {name: fishers[1].read(name) for name in fishers[1].infos}
+    strange = Collected(values, "fisher", Base.open(tiny_bert(seed=5)).identity)
+    with pytest.raises(BaseMismatchError, match="fisher was made for another base"):
+        merge_adapters(
+            plain.base, plain.both, tmp_path / "no", "fisher", fisher=[fishers[0], strange], rank=4
+        )
+    with pytest.raises(OptionError, match="`fisher` has 1 sources for 2 experts"):
+        merge_adapters(plain.base, plain.both, tmp_path / "no", "fisher", fisher=fishers[:1], rank=4)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_data_are_found_by_an_expert_s_place_so_none_may_be_left_out(
+    plain: Pair, tmp_path: Path, wrapped: bool
+) -> None:
+    fishers = [made_up_fisher(state(plain.base), seed) for seed in (0, 1)]
+    method = make_method("fisher", fisher=fishers)
+    method = make_method("svc", inner=method) if wrapped else method
+    with pytest.raises(OptionError, match="fisher has data about all experts: `absent` must be unchanged"):
+        merge_adapters(plain.base, plain.both, tmp_path / "no", method, absent="left_out", rank=4)
+    overrides = {"query": {"method": method}}
+    with pytest.raises(OptionError, match="fisher has data about all experts"):
+        merge_adapters(
+            plain.base, plain.both, tmp_path / "no", overrides=overrides, absent="left_out", rank=4
+        )
 
 
 def test_a_mean_over_all_or_over_those_that_have_it(plain: Pair, tmp_path: Path) -> None:
