@@ -285,7 +285,9 @@ class _Worker:
             broken = broken or not all_finite(merged)
             self._write(name, merged, start)
         for start, stop in chunk_ranges(info) if not written else ():
-            self._write(name, source.read_flat(name, start, stop), start)
+            kept = source.read_flat(name, start, stop).to(out)
+            broken = broken or not all_finite(kept)
+            self._write(name, kept, start)
         return Finished(name, change, error, broken)
 
     def _write(self, name: str, values: torch.Tensor, start: int) -> None:

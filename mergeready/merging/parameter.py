@@ -210,9 +210,13 @@ def raise_if_broken(
     if not broken:
         return
     culprits = [v.label for v in vectors if any(_is_broken(v, name) for name in looked_at or broken)]
-    whose = f" in {listing(culprits)}" if culprits else " after merging (a scale or weight is too large)"
+    if not culprits:
+        raise NonFiniteError(
+            f"NaN or infinite values after merging: {listing(broken)}. Nothing was written. A scale or weight is too "
+            "large, the dtype too narrow, or the base holds such values itself."
+        )
     raise NonFiniteError(
-        f"NaN or infinite values{whose}: {listing(broken)}. Nothing was written. "
+        f"NaN or infinite values in {listing(culprits)}: {listing(broken)}. Nothing was written. "
         "Its training diverged or its file is damaged; use an earlier checkpoint."
     )
 

@@ -32,7 +32,7 @@ from mergeready.errors import (
     UnsupportedError,
 )
 from mergeready.experts import open_expert
-from mergeready.merging import make_method, merge_folders, method_names
+from mergeready.merging import make_method, merge, merge_folders, method_names
 from tests.merging.methods import built
 from tests.merging.worlds import World, close, equal, make_world, state, summed, tensors_of
 from tests.models import TinyConvNet, perturb, tiny_bert, tiny_gpt2, tiny_llama, token_batch
@@ -293,8 +293,24 @@ def test_an_expert_with_nan_is_named_and_nothing_is_left(
 
 
 def test_overflow_is_no_expert_s_fault(world: World, tmp_path: Path) -> None:
-    with pytest.raises(NonFiniteError, match="a scale or weight is too large"):
+    with pytest.raises(NonFiniteError, match=r"Nothing was written\. A scale or weight is too large"):
         merge_folders(world.base_folder, world.folders, tmp_path / "out", scale=1e7, dtype=torch.float16)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(1e6, torch.float16), (float("nan"), None)])
+def test_what_no_expert_changes_has_to_be_finite_as_well(
+    world: World, tmp_path: Path, value: float, dtype: torch.dtype | None
+) -> None:
+    base = state(world.base)
+    base["classifier.bias"][1] = value
+    message = (
+        r"after merging: classifier\.bias\. .*the dtype too narrow, or the base holds such values itself"
+    )
+    with pytest.raises(NonFiniteError, match=message):
+        merge_folders(base, [world.adapter_folder], tmp_path / "out", dtype=dtype)
+    with pytest.raises(NonFiniteError, match=message):
+        merge(base, [world.adapter_folder], dtype=dtype)
     assert names(tmp_path) == []
 
 
