@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mergeready.experts.base import Base
 from mergeready.experts.open import Expert
 from mergeready.merging.parameter import add_delta, merged_delta, raise_if_broken, require_finite_chunk
+from mergeready.merging.repeats import warn_if_repeated
 from mergeready.merging.settings import MergeSettings
 from mergeready.merging.statistics import (
     KEPT,
@@ -36,6 +37,7 @@ def merge_state(
     """
     vectors = [expert.vector for expert in experts]
     settings.check(base.source, vectors)
+    warn_if_repeated(base, experts)
     warn_if_stale(base.source, expert_statistics(experts), KEPT[statistics])
     state: dict[str, Tensor] = {}
     broken: list[str] = []

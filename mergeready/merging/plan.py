@@ -17,6 +17,7 @@ from mergeready.merging.double import Arithmetic, check_arithmetic
 from mergeready.merging.method import MatrixMethod, MergeMethod
 from mergeready.merging.parameter import check_dtype
 from mergeready.merging.registry import MethodLike, make_method
+from mergeready.merging.repeats import warn_if_repeated
 from mergeready.merging.settings import MergeSettings
 from mergeready.merging.statistics import (
     KEPT,
@@ -151,6 +152,7 @@ class MergeJob:
         base = Base.open(base)
         opened = tuple(open_experts(experts, base, strict=strict))
         settings.check(base.source, [expert.vector for expert in opened])
+        warn_if_repeated(base, opened)
         warn_if_stale(base.source, expert_statistics(opened), KEPT[statistics])
         infos = {name: _output_info(name, info, dtype) for name, info in base.source.infos.items()}
         layout = FolderLayout.plan(infos, shard_bytes=shard_bytes)

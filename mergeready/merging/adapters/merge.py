@@ -24,6 +24,7 @@ from mergeready.merging.folders import merge_folders, require_apart
 from mergeready.merging.inner import with_data
 from mergeready.merging.parameter import check_dtype
 from mergeready.merging.registry import MethodLike
+from mergeready.merging.repeats import warn_if_repeated
 from mergeready.merging.settings import MergeSettings
 from mergeready.merging.statistics import KEPT, expert_statistics, warn_if_stale
 from mergeready.weights.atomic import new_folder
@@ -181,6 +182,7 @@ def merge_adapters(
         )
         return MergedAdapter(folder, "full", overlap=overlap, notes=notes)
     require_apart(Path(output), [base.folder, *(expert.folder for expert in opened)])
+    warn_if_repeated(base, opened)
     warn_if_stale(base.source, expert_statistics(opened), KEPT["base"])
     changes = merged_changes(base, vectors, settings, rank, absent)
     write = write_peft if output_format == "peft" else write_adapterhub
