@@ -9,7 +9,7 @@ from mergeready.weights.source import TensorInfo, WeightSource
 
 
 class StateDictSource(WeightSource):
-    """A mapping of names to tensors. Tensors that share all their memory count as tied: one name lists them.
+    """A mapping of names to tensors. Tensors that share all their memory count as tied: one name lists them, all read.
 
     Raises:
         FormatError: If something in it is no tensor; all are listed.
@@ -42,7 +42,7 @@ class StateDictSource(WeightSource):
         return self._aliases
 
     def read_flat(self, name: str, start: int, stop: int) -> Tensor:
-        return self._tensors[name].reshape(-1)[start:stop]
+        return self.read(name).reshape(-1)[start:stop]
 
     def read(self, name: str) -> Tensor:
-        return self._tensors[name]
+        return self._tensors[self._aliases.get(name, name)]

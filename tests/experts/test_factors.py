@@ -57,6 +57,15 @@ def test_it_comes_back_as_it_was(tmp_path: Path) -> None:
     assert not is_factors(tmp_path / "model.safetensors")
 
 
+def test_one_tensor_may_serve_several_layers(tmp_path: Path) -> None:
+    """As one that holds the inputs of query, key and value does."""
+    shared, layers = moment(0, 3), {"query": FactoredLayer(3, 3), "key": FactoredLayer(3, 3)}
+    factors = KroneckerFactors.of(dict.fromkeys(layers, (shared, shared)), layers)
+    for each in (factors, KroneckerFactors.load(factors.save(tmp_path / "x")), sum_factors([factors])):
+        for name in layers:
+            assert all(torch.equal(part, shared) for part in each.read(name))
+
+
 def test_half_the_size_in_bfloat16(tmp_path: Path) -> None:
     path = made().save(tmp_path / "x", torch.bfloat16)
     for name in LAYERS:

@@ -15,7 +15,9 @@ def test_tied_weights_are_listed_once_under_their_first_name() -> None:
     source = StateDictSource(state)
     assert source.aliases == {"lm_head.weight": "transformer.wte.weight"}
     assert set(source.infos) == set(state) - {"lm_head.weight"}
-    assert all(torch.equal(source.read(name), state[name]) for name in source.infos)
+    for name, value in state.items():  # also by the name that is not listed
+        assert torch.equal(source.read(name), value)
+        assert torch.equal(source.read_flat(name, 3, 7), value.reshape(-1)[3:7])
 
 
 def test_equal_values_in_different_memory_are_not_tied() -> None:
