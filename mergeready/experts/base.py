@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,9 +121,35 @@ def require_unquantised(expert: WeightSource, base: WeightSource) -> None:
     Raises:
         UnsupportedError: If so; all are listed.
     """
-    own, theirs = ({n for n, info in source.infos.items() if _packed(n, info)} for source in (expert, base))
+    own, theirs = _not_shared(expert, base, _packed)
+    if own or theirs:
+        raise UnsupportedError(
+            f"{expert.label if own else base.label} stores weights as integers: {listing(sorted(own or theirs))}. "
+            "Their scales are tensors of their own, so they cannot be merged. Use the weights before quantisation."
+        )
+
+
+def require_real(expert: WeightSource, base: WeightSource) -> None:
+    """Raise if a full model has complex weights other than its base's: they would stay the base's.
+
+    Raises:
+        UnsupportedError: If so; all are listed.
+    """
+    own, theirs = _not_shared(expert, base, lambda name, info: info.dtype.is_complex)
+    if own or theirs:
+        raise UnsupportedError(
+            f"{expert.label if own else base.label} has complex weights: {listing(sorted(own or theirs))}. Only real "
+            "ones are merged: store them as pairs of real numbers (torch.view_as_real), in base and experts alike."
+        )
+
+
+def _not_shared(
+    expert: WeightSource, base: WeightSource, chosen: Callable[[str, TensorInfo], bool]
+) -> tuple[set[str], set[str]]:
+    """The chosen tensors of an expert and of its base that are not the same in both."""
+    own, theirs = ({n for n, info in source.infos.items() if chosen(n, info)} for source in (expert, base))
     if not own and not theirs:
-        return
+        return own, theirs
     names = match_names(expert.infos, base.infos, aliases=expert.aliases, base_aliases=base.aliases).to_base
     same = {
         mine: name
@@ -131,12 +158,7 @@ def require_unquantised(expert: WeightSource, base: WeightSource) -> None:
         and expert.infos[mine].dtype == base.infos[name].dtype
         and equal(expert, mine, base, name)
     }
-    own, theirs = own.difference(same), theirs.difference(same.values())
-    if own or theirs:
-        raise UnsupportedError(
-            f"{expert.label if own else base.label} stores weights as integers: {listing(sorted(own or theirs))}. "
-            "Their scales are tensors of their own, so they cannot be merged. Use the weights before quantisation."
-        )
+    return own.difference(same), theirs.difference(same.values())
 
 
 def _packed(name: str, info: TensorInfo) -> bool:

@@ -75,6 +75,7 @@ class LiveExpert:
         self.base = Base.open(base)
         source = ModuleSource(self.model)
         parameters = module_parameters(self.model)
+        _require_real(parameters)
         with source.gathering():
             names, self.extra, self.missing = pair_with_base(source, self.base, strict=False)
             require_kinship(source, self.base.source, names)
@@ -225,6 +226,18 @@ def _base_parameters(model: Any) -> dict[str, Tensor]:
                 name = name.replace(infix, ".")
             found[name] = parameter
     return found
+
+
+def _require_real(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raise if complex weights train: they would be left out of measurements, and left as they are by merges."""
+    strange = [
+        name for name, parameter in parameters.items() if parameter.is_complex() and parameter.requires_grad
+    ]
+    if strange:
+        raise UnsupportedError(
+            f"complex weights are trained: {listing(strange, 4)}. Only real ones are measured and merged: make them "
+            "pairs of real numbers (torch.view_as_real)."
+        )
 
 
 def _require_adapter_only(model: Any, inner: Mapping[str, Tensor]) -> None:

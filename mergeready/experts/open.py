@@ -10,7 +10,7 @@ import torch
 from mergeready.errors import MismatchError, NonFiniteError, OptionError, UnsupportedError, listing
 from mergeready.experts.adapter import AdapterTaskVector
 from mergeready.experts.adapter_folder import explain_missing_weights, open_adapter, refuse_foreign_lora
-from mergeready.experts.base import Base, require_unquantised, require_wide_floats
+from mergeready.experts.base import Base, require_real, require_unquantised, require_wide_floats
 from mergeready.experts.fingerprint import is_fingerprint
 from mergeready.experts.kinship import require_kinship
 from mergeready.experts.peft_config import CONFIG_NAME
@@ -160,6 +160,7 @@ def _open_full(
     refuse_foreign_lora(source.infos, source.label)
     require_wide_floats(source)
     require_unquantised(source, base.source)
+    require_real(source, base.source)
     tokens = token_rows(source, base, folder)
     source = tokens.source
     if strict:

@@ -236,3 +236,13 @@ def test_switching_the_adapter_off_leaves_flags_alone_also_after_an_error() -> N
     assert [p.requires_grad for p in model.parameters()] == flags
     with LiveExpert(tiny_bert(), tiny_bert()).adapter_off():
         pass
+
+
+def test_complex_weights_that_train_are_refused() -> None:
+    model = nn.Linear(2, 2)
+    model.filters = nn.Parameter(torch.ones(4, dtype=torch.complex64))
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(UnsupportedError, match="complex weights are trained: filters"):
+        LiveExpert(model, base)
+    model.filters.requires_grad_(False)
+    assert set(LiveExpert(model, base).targets) == {"weight", "bias"}

@@ -323,3 +323,13 @@ def test_a_base_that_stores_tied_embeddings_twice_fits_experts_that_store_them_o
     save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(MismatchError, match=r"lm_head\.weight is missing"):
         open_expert(tmp_path / "expert", tmp_path / "base")
+
+
+def test_complex_weights_are_refused_unless_they_are_the_base_s() -> None:
+    """They would stay the base's: tables of rotations may, trained filters may not."""
+    base = {"w": torch.ones(3, 3), "filters": torch.ones(4, dtype=torch.complex64)}
+    expert = {"w": torch.ones(3, 3) + 0.1, "filters": base["filters"].clone()}
+    assert open_expert(expert, base).extra == ()
+    expert["filters"] = 1j * base["filters"]
+    with pytest.raises(UnsupportedError, match=r"state dict has complex weights: filters\. Only real"):
+        open_expert(expert, base)
