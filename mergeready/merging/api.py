@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -17,10 +18,12 @@ from mergeready.merging.evaluation import Evaluate
 from mergeready.merging.folders import Progress, merge_folders
 from mergeready.merging.memory import merge_state, with_state
 from mergeready.merging.parameter import check_dtype
+from mergeready.merging.plan import merge_plan
 from mergeready.merging.registry import MethodLike
 from mergeready.merging.settings import MergeSettings
 from mergeready.merging.statistics import Statistics, check_statistics
 from mergeready.merging.tune import tune_scale
+from mergeready.weights.atomic import require_free
 
 logger = logging.getLogger("mergeready")
 
@@ -110,12 +113,11 @@ def merge(
         tensor([[0.5000, 0.5000],
                 [0.5000, 0.5000]])
     """
-    if scale == "tune":
-        scale = _tuned_scale(
-            base, experts, method, evaluate, metric, model, weights=weights, overrides=overrides, **parameters
-        )
-    elif evaluate is not None or metric is not None or model is not None:
+    if scale != "tune" and any(given is not None for given in (evaluate, metric, model)):
         raise OptionError('`evaluate`, `metric` and `model` belong to `scale="tune"`.')
+    tune = partial(
+        _tuned_scale, base, experts, method, evaluate, metric, model, weights=weights, overrides=overrides
+    )
     for_folders: dict[str, Any] = {
         "shard_bytes": shard_bytes,
         "memory": memory,
@@ -127,21 +129,21 @@ def merge(
     if isinstance(base, str | Path):
         if output is None:
             raise OptionError("`output` is needed to merge folders: name the folder to write.")
-        return merge_folders(
-            base,
-            experts,
-            output,
-            method,
-            scale=scale,
-            weights=weights,
-            overrides=overrides,
-            dtype=dtype,
-            statistics=statistics,
-            strict=strict,
-            overwrite=overwrite,
-            arithmetic=arithmetic,
-            **given,
+        options: dict[str, Any] = {
+            "weights": weights,
+            "overrides": overrides,
+            "dtype": dtype,
+            "statistics": statistics,
+            "strict": strict,
+            "arithmetic": arithmetic,
             **parameters,
+        }
+        if scale == "tune":  # what would stop the merge stops it before the search
+            require_free(Path(output), overwrite)
+            merge_plan(base, experts, method, **options, **_for_plans(given))
+            scale = tune(**parameters)
+        return merge_folders(
+            base, experts, output, method, scale=scale, overwrite=overwrite, **options, **given
         )
     given |= {} if output is None else {"output": output}
     given |= {} if arithmetic == "float32" else {"arithmetic": arithmetic}
@@ -152,19 +154,22 @@ def merge(
         raise OptionError("`dtype` cannot be chosen for a module; convert the base first.")
     if not experts:
         raise OptionError("`experts` is empty: there is nothing to merge.")
+    first = 1.0 if scale == "tune" else scale
     settings = MergeSettings.make(
-        method, len(experts), scale=scale, weights=weights, overrides=overrides, **parameters
+        method, len(experts), scale=first, weights=weights, overrides=overrides, **parameters
     )
+    check_dtype(dtype)
+    check_statistics(statistics)
     opened_base = Base.open(base)
     opened = open_experts(experts, opened_base, strict=strict)
-    state = merge_state(
-        opened_base,
-        opened,
-        settings,
-        dtype=check_dtype(dtype),
-        statistics=check_statistics(statistics),
-    )
+    if scale == "tune":
+        settings = settings.with_scale(tune(**parameters))
+    state = merge_state(opened_base, opened, settings, dtype=dtype, statistics=statistics)
     return with_state(base, state) if isinstance(base, nn.Module) else state
+
+
+def _for_plans(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if name not in ("distributed", "progress")}
 
 
 def _tuned_scale(

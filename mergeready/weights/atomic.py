@@ -36,8 +36,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         OutputExistsError: If ``path`` exists and ``overwrite`` is not set; nothing was written.
     """
-    if is_taken(path) and not overwrite:
-        raise OutputExistsError(f"{path} exists. Name another output, or allow overwriting it (`overwrite`).")
+    require_free(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
     temporary.mkdir()
@@ -47,6 +46,16 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         take_place(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_free(path: Path, overwrite: bool) -> None:
+    """Raise if something lies at a path that may not be replaced.
+
+    Raises:
+        OutputExistsError: If so.
+    """
+    if is_taken(path) and not overwrite:
+        raise OutputExistsError(f"{path} exists. Name another output, or allow overwriting it (`overwrite`).")
 
 
 def is_taken(path: Path) -> bool:

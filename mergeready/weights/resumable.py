@@ -7,8 +7,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from mergeready.errors import BusyError, LostRankError, OutputExistsError
-from mergeready.weights.atomic import is_taken, new_file, sync_folder, sync_tree, take_place
+from mergeready.errors import BusyError, LostRankError
+from mergeready.weights.atomic import new_file, require_free, sync_folder, sync_tree, take_place
 
 _LOCK, _KEY, _FOLDER = "lock", "key", "folder"
 
@@ -60,12 +60,12 @@ def resumable_folder(path: Path, key: str | None, *, overwrite: bool = False) ->
         OutputExistsError: If ``path`` exists and ``overwrite`` is not set; nothing was written.
         BusyError: If another process is making the same folder.
     """
-    _require_free(path, overwrite)
+    require_free(path, overwrite)
     root = Workspace.beside(path).root
     lock = _take_lock(root, path)
     keep = False
     try:
-        _require_free(path, overwrite)  # again: its maker may have finished just before the lock was free
+        require_free(path, overwrite)  # again: its maker may have finished just before the lock was free
         workspace = Workspace(root, key is not None and _key_of(root) == key)
         if not workspace.resumed:
             _clear(root)
@@ -83,11 +83,6 @@ def resumable_folder(path: Path, key: str | None, *, overwrite: bool = False) ->
             with suppress(OSError):  # the next one may have begun to work here since the lock is gone
                 root.rmdir()
         os.close(lock)
-
-
-def _require_free(path: Path, overwrite: bool) -> None:
-    if is_taken(path) and not overwrite:
-        raise OutputExistsError(f"{path} exists. Name another output, or allow overwriting it (`overwrite`).")
 
 
 def _take_lock(root: Path, path: Path) -> int:

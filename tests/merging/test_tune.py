@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from mergeready.errors import EvaluationError, OptionError
+from mergeready.errors import EvaluationError, MismatchError, OptionError, OutputExistsError
 from mergeready.merging import merge
 from mergeready.merging.tune import tune_scale
 from tests.merging.test_in_place import bits
@@ -78,6 +78,28 @@ def test_merge_tunes_as_the_function_does(tmp_path: Path) -> None:
     assert all(torch.equal(t, expected[n]) for n, t in from_module.named_parameters())
     from_state = merge(tensors_of(world.base_folder), world.folders, model=world.base, **options)
     assert equal(from_state, expected)
+
+
+def test_what_would_stop_the_merge_stops_it_before_the_search(tmp_path: Path) -> None:
+    world = make_world(tmp_path)
+
+    def never(model: nn.Module) -> dict[str, float]:
+        raise AssertionError("something was evaluated")
+
+    options = {"scale": "tune", "evaluate": never, "model": copy.deepcopy(world.base)}
+    with pytest.raises(OutputExistsError):
+        merge(world.base_folder, world.folders, output=world.adapter_folder, **options)
+    for changes, named in (({"statistics": "mean"}, "statistics"), ({"threads": 0}, "threads")):
+        with pytest.raises(OptionError, match=named):
+            merge(world.base_folder, world.folders, output=tmp_path / "out", **options, **changes)
+    headed = tensors_of(world.folders[0]) | {"own.head": torch.ones(3)}
+    with pytest.raises(MismatchError, match=r"own\.head"):
+        merge(world.base_folder, [headed], output=tmp_path / "out", **options)
+    for base in (world.base, tensors_of(world.base_folder)):
+        with pytest.raises(MismatchError, match=r"own\.head"):
+            merge(base, [headed], **options)
+        with pytest.raises(OptionError, match="statistics"):
+            merge(base, world.folders, statistics="mean", **options)
 
 
 def test_an_optimum_out_of_reach_is_flagged(caplog: pytest.LogCaptureFixture) -> None:
