@@ -121,11 +121,13 @@ def merged_span(
 
 
 def add_delta(base: Tensor, delta: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """``base + scale · delta`` in the delta's precision, rounded once to ``dtype``.
+    """``base + scale · delta`` in the delta's precision, or in float64 if the base is; rounded once to ``dtype``.
 
     In two steps for the reason given at :func:`mergeready.merging.method.weighted_sum`.
     """
     change = delta if scale == 1 else delta.mul(scale)
+    if base.dtype == torch.float64:  # else what no expert changes would lose digits
+        return base.add(change.to(base.device)).to(dtype)
     return base.to(delta).add(change).to(dtype)
 
 

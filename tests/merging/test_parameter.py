@@ -296,3 +296,12 @@ def test_values_are_finite_though_their_sum_is_not(dtype: torch.dtype) -> None:
     for broken in (float("nan"), float("inf"), -float("inf")):
         values[500] = broken
         assert not all_finite(values)
+
+
+def test_a_base_in_float64_keeps_its_digits() -> None:
+    base = torch.rand(100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for scale in (1.0, 0.3):
+        assert torch.equal(add_delta(base, torch.zeros(100), scale, torch.float64), base)
+        change = torch.full((100,), 2.0**-10)
+        assert torch.equal(add_delta(base, change, scale, torch.float64), base + change.mul(scale).double())
+    assert torch.equal(add_delta(base, torch.ones(100), 0.0, torch.float32), base.float())
