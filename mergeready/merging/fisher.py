@@ -44,8 +44,10 @@ class Fisher(ElementwiseMethod):
     normalise: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.floor < math.inf:
+        if not isinstance(self.floor, int | float) or not 0 <= self.floor < math.inf:
             raise OptionError(f"`floor` must be a finite number of at least 0, not {self.floor!r}.")
+        if not isinstance(self.normalise, bool):  # text such as "no" would count as true
+            raise OptionError(f"`normalise` must be true or false, not {self.normalise!r}.")
         object.__setattr__(self, "fisher", Information.open(self.fisher, "fisher"))
 
     @property

@@ -58,10 +58,11 @@ def require_fraction(name: str, value: float, *, zero: bool = False) -> None:
 
 
 def require_elementwise(name: str, method: str) -> None:
-    """Check that a parameter names an elementwise method.
+    """Check that a parameter names an elementwise method that works with its defaults.
 
     Raises:
-        OptionError: If there is no such method or it needs whole matrices.
+        OptionError: If there is no such method, or it needs whole matrices, or parameters.
     """
     if not issubclass(method_class(method), ElementwiseMethod):
         raise OptionError(f"`{name}` must be an elementwise method, not {method!r}, which needs matrices.")
+    make_method(method)

@@ -12,7 +12,7 @@ from mergeready.experts.delta import Delta, LowRank, dense
 from mergeready.experts.task_vector import TaskVector
 from mergeready.merging.information import Information, InformationLike, require_shares
 from mergeready.merging.method import MatrixMethod, Place
-from mergeready.merging.registry import make_method, register, require_fraction
+from mergeready.merging.registry import make_method, register, require_elementwise, require_fraction
 from mergeready.weights.source import TensorInfo
 
 TRANSPOSED = "^T"
@@ -54,7 +54,7 @@ class RegMean(MatrixMethod):
 
     def __post_init__(self) -> None:
         require_fraction("alpha", self.alpha, zero=True)
-        make_method(self.rest)
+        require_elementwise("rest", self.rest)
         object.__setattr__(self, "grams", Information.open(self.grams, "input_grams"))
 
     @property

@@ -52,8 +52,9 @@ class SingularValueCalibration(WrappingMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.alpha is not None and not 0 < self.alpha < math.inf:
-            raise OptionError(f"`alpha` must be a positive number or None, not {self.alpha!r}.")
+        alpha = self.alpha
+        if alpha is not None and (not isinstance(alpha, int | float) or not 0 < alpha < math.inf):
+            raise OptionError(f"`alpha` must be a positive number or None, not {alpha!r}.")
 
     def merge_finite(self, deltas: Sequence[Delta | None], weights: Sequence[float], place: Place) -> Tensor:
         merged = self.merge_inside(deltas, weights, place)

@@ -194,10 +194,15 @@ def test_values_that_are_no_fisher_information_are_refused(value: float) -> None
         merged(make_method("fisher", fisher=[{NAME: broken}]), [torch.ones(2, 3)], [1.0])
 
 
-@pytest.mark.parametrize("floor", [-1e-9, float("nan"), float("inf")])
-def test_floors_outside_the_range_are_refused(floor: float) -> None:
+@pytest.mark.parametrize("floor", [-1e-9, float("nan"), float("inf"), "low"])
+def test_floors_outside_the_range_are_refused(floor: object) -> None:
     with pytest.raises(OptionError, match="`floor` must be"):
         make_method("fisher", fisher=[{NAME: torch.ones(1)}], floor=floor)
+
+
+def test_no_as_text_is_not_taken_for_yes() -> None:
+    with pytest.raises(OptionError, match="`normalise` must be true or false, not 'no'"):
+        make_method("fisher", fisher=[{NAME: torch.ones(1)}], normalise="no")
 
 
 def test_it_needs_data() -> None:

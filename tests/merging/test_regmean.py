@@ -203,6 +203,8 @@ def test_options_outside_their_range_are_refused() -> None:
         make_method("regmean", grams=made, alpha=1.1)
     with pytest.raises(OptionError, match="no merge method 'mean'"):
         make_method("regmean", grams=made, rest="mean")
+    with pytest.raises(OptionError, match="`rest` must be an elementwise method, not 'tsv_m'"):
+        make_method("regmean", grams=made, rest="tsv_m")
     with pytest.raises(OptionError, match="regmean needs `grams`"):
         make_method("regmean", alpha=0.5)
 

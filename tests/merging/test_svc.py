@@ -87,7 +87,7 @@ def test_an_expert_that_does_nothing_in_a_direction_does_not_decide_about_it() -
     assert error(merged(make_method("svc"), [a, noise], [1.0, 1.0]), matrix_of(together)) < 1e-3
 
 
-@pytest.mark.parametrize("alpha", [0, -1, float("nan"), float("inf")])
-def test_alpha_is_checked(alpha: float) -> None:
+@pytest.mark.parametrize("alpha", [0, -1, float("nan"), float("inf"), "much"])
+def test_alpha_is_checked(alpha: object) -> None:
     with pytest.raises(OptionError, match="`alpha` must be a positive number or None"):
         make_method("svc", alpha=alpha)
