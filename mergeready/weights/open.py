@@ -20,7 +20,8 @@ WeightsLike: TypeAlias = str | Path | Mapping[str, Tensor] | nn.Module | WeightS
 """What stands for weights everywhere: a folder or hub id, a state dict, a live module, an open source."""
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
+_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.spm", "*.codes", "*.tokenizer", "*.jinja"]
+_HUB_FILES += ["README.md", "LICENSE*", "NOTICE*"]
 _PICKLE_NAME = "pytorch_model.bin"
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
 

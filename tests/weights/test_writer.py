@@ -3,15 +3,18 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -21,6 +24,7 @@ from transformers import BertForSequenceClassification
 
 from mergeready.errors import FormatError, OptionError, OutputExistsError
 from mergeready.weights import FolderWriter, SafetensorsFolder, StateDictSource, WeightSource
+from mergeready.weights.open import _HUB_FILES
 from mergeready.weights.safetensors_file import DTYPES
 from mergeready.weights.source import TensorInfo
 from tests.models import tiny_bert
@@ -143,6 +147,20 @@ def test_weights_of_further_modules_come_along(tmp_path: Path) -> None:
     (tmp_path / "base" / "modules.json").write_text("[")
     write(tmp_path / "plain", SOME, companions=tmp_path / "base")
     assert not (tmp_path / "plain" / "2_Dense").exists()
+
+
+def test_whatever_tokenizers_are_made_of_comes_along(tmp_path: Path) -> None:
+    """Marian's two sentence pieces, the merges of PhoBERT: without them a merged model has no tokenizer."""
+    files = (Path(transformers.__file__).parent / "models").glob("*/tokenization_*.py")
+    tables = [re.search(r"^VOCAB_FILES_NAMES = \{(.*?)\}", path.read_text(), re.M | re.S) for path in files]
+    wanted = {name for table in tables if table for name in re.findall(r': "([^"/]+)"', table[1])}
+    assert {"source.spm", "bpe.codes", "vocab.json"} <= wanted
+    (tmp_path / "base").mkdir()
+    for name in wanted:
+        (tmp_path / "base" / name).write_text("x")
+    write(tmp_path / "out", SOME, companions=tmp_path / "base")
+    assert wanted - set(names(tmp_path / "out")) == set()
+    assert [name for name in wanted if not any(fnmatch(name, pattern) for pattern in _HUB_FILES)] == []
 
 
 def test_companions_come_along_and_nothing_else(tmp_path: Path) -> None:
