@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -19,6 +20,12 @@ Evaluate: TypeAlias = Callable[[nn.Module], Mapping[str, Values]]
 Called in evaluation mode without gradients. Numbers by example (1.0 or 0.0 for right or wrong, a loss, …) give
 the metric as their mean, and confidence intervals with it.
 """
+
+_LESS_IS_BETTER = re.compile(
+    r"loss|perplexity|error|entropy|bits_per|negative_log|neg_log_lik"
+    r"|(?<![a-z])(?:[cetw]er|r?mse|mae|mape|nll|ppl|bp[bc]|brier|ece|fid)(?![a-z])"
+)
+_NEGATED = re.compile(r"(?<![a-z])neg_(?!log_lik)")  # scikit-learn's scores, such as neg_log_loss
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +118,10 @@ def is_greater_better(metric: str, given: bool | None = None) -> bool:
 
     >>> is_greater_better("accuracy"), is_greater_better("eval_loss"), is_greater_better("loss", True)
     (True, False, True)
+    >>> is_greater_better("wer"), is_greater_better("neg_mean_squared_error")
+    (False, True)
     """
     if given is not None:
         return given
-    return not any(word in metric.lower() for word in ("loss", "perplexity", "error"))
+    name = metric.lower()
+    return _NEGATED.search(name) is not None or _LESS_IS_BETTER.search(name) is None

@@ -37,7 +37,8 @@ class Probe:
             around the best scale of the probe before.
         evaluate: Evaluates the run's own task; None lets the trainer do it.
         metric: Which metric counts; None if the evaluation returns one only.
-        greater_is_better: Direction of the metric; None for "yes, unless its name contains loss or perplexity".
+        greater_is_better: Direction of the metric; None for "yes, unless its name says loss, error or perplexity", also
+            in short, as wer, mse and nll do.
         schedule: When to probe.
         max_evaluations: Most scales to try per method in one probe.
         weights: One factor an expert, the run's own first; 1 each by default.

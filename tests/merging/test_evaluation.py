@@ -11,7 +11,14 @@ import torch
 from torch import nn
 
 from mergeready.errors import EvaluationError
-from mergeready.merging.evaluation import Score, call_evaluation, choose_metric, run_evaluation, take_score
+from mergeready.merging.evaluation import (
+    Score,
+    call_evaluation,
+    choose_metric,
+    is_greater_better,
+    run_evaluation,
+    take_score,
+)
 
 
 @pytest.mark.parametrize(
@@ -182,3 +189,57 @@ class TestCall:
 def test_a_score_counts_its_examples() -> None:
     assert Score(0.5).n is None
     assert Score(0.5, np.zeros(3)).n == 3
+
+
+GREATER = [
+    "accuracy",
+    "eval_f1",
+    "rouge/L",
+    "meteor",
+    "chrf",
+    "recall@10",
+    "tokens_per_second",
+    "score",
+    "sacrebleu",
+]
+GREATER += [
+    "log_likelihood",
+    "neg_mean_squared_error",
+    "eval_neg_log_loss",
+    "neg_brier_score",
+    "answer",
+    "maestro",
+]
+LESS = [
+    "loss",
+    "eval_loss",
+    "word_perplexity",
+    "error_rate",
+    "wer",
+    "eval_cer",
+    "test/WER",
+    "mse",
+    "eval_rmse",
+    "MAE",
+]
+LESS += [
+    "nll",
+    "ppl",
+    "bits_per_byte",
+    "bpb",
+    "brier",
+    "ece",
+    "fid",
+    "cross_entropy",
+    "negative_log_likelihood",
+]
+LESS += ["neg_log_likelihood", "ter", "eer", "mape"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "greater"), [*((name, True) for name in GREATER), *((name, False) for name in LESS)]
+)
+def test_the_direction_goes_by_the_name_unless_given(metric: str, greater: bool) -> None:
+    """A wrong one makes the worst scale the best, without a word."""
+    assert is_greater_better(metric) is greater
+    assert is_greater_better(metric, not greater) is not greater
