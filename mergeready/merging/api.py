@@ -80,7 +80,7 @@ def merge(
         output: The folder to write; needed if and only if the base is a folder or hub id.
         scale: Factor on the merged delta: ``merged = base + scale · method(deltas)``. ``"tune"`` finds the best one
             with ``evaluate``, as :func:`tune_scale` does (call that to see what was tried), and warns where the
-            optimum may lie beyond what was tried.
+            optimum may lie beyond what was tried, or is the base itself.
         weights: One factor an expert; 1 each by default.
         overrides: What differs for groups of parameters: a regular expression on parameter names to ``method``,
             ``scale``, ``weights`` or method parameters, as in ``{"embed": {"scale": 0.3}}``. The first match counts;
@@ -190,8 +190,16 @@ def _tuned_scale(
             )
         model = copy.deepcopy(base)
     tuned = tune_scale(model, base, experts, evaluate, method, metric=metric, **options)
-    if not tuned.inside:
-        tried = ", ".join(f"{scale:g}" for scale in tuned.tried if scale)
+    tried = ", ".join(f"{scale:g}" for scale in tuned.tried if scale)
+    if not tuned.scale:
+        logger.warning(
+            "no merge at the scales that were tried (%s) is better than the base with its %s of %.4g: the result is "
+            "the base itself",
+            tried,
+            tuned.metric,
+            tuned.value,
+        )
+    elif not tuned.inside:
         logger.warning(
             "the best scale may lie beyond those tried (%s): %s %.4g is a bound",
             tried,

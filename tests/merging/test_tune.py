@@ -112,6 +112,17 @@ def test_an_optimum_out_of_reach_is_flagged(caplog: pytest.LogCaptureFixture) ->
     assert not caplog.text
 
 
+def test_a_result_that_is_the_base_is_flagged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "mergeready"):
+        merged = merge(OneNumber(), [EXPERT], scale="tune", evaluate=near(-3.0))
+    assert torch.equal(merged.weight, OneNumber().weight)
+    (record,) = caplog.records
+    assert (
+        "is better than the base with its closeness of -4: the result is the base itself"
+        in record.getMessage()
+    )
+
+
 def test_what_is_missing_is_named() -> None:
     with pytest.raises(OptionError, match="evaluate"):
         merge(OneNumber(), [EXPERT], scale="tune")
