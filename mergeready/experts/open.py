@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 import torch
+from torch import nn
 
 from mergeready.errors import MismatchError, NonFiniteError, OptionError, UnsupportedError, listing
 from mergeready.experts.adapter import AdapterTaskVector
@@ -175,6 +176,22 @@ def _open_full(
     )
 
 
+def require_experts(experts: Sequence[ExpertLike]) -> None:
+    """Raise unless these are experts in a list, one at least.
+
+    Raises:
+        OptionError: If it is a single one, which would be taken for a list of letters or names, or none.
+    """
+    _require_list(experts)
+    if not experts:
+        raise OptionError("`experts` is empty: there is nothing to merge.")
+
+
+def _require_list(experts: object) -> None:
+    if isinstance(experts, str | Path | Mapping | nn.Module | WeightSource | Expert):
+        raise OptionError("`experts` must be a list, also where there is only one.")
+
+
 def open_experts(
     experts: Sequence[ExpertLike], base: WeightsLike | Base, *, strict: bool = True
 ) -> list[Expert]:
@@ -182,7 +199,9 @@ def open_experts(
 
     Raises:
         MismatchError: Also if two of them gave one row of the embeddings to different tokens.
+        OptionError: If it is a single one.
     """
+    _require_list(experts)
     base = Base.open(base)
     opened = [open_expert(expert, base, strict=strict) for expert in experts]
     require_same_tokens([expert.label for expert in opened], [expert.added_tokens for expert in opened])

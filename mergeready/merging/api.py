@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mergeready.errors import OptionError, listing
 from mergeready.experts.base import Base
-from mergeready.experts.open import ExpertLike, open_experts
+from mergeready.experts.open import ExpertLike, open_experts, require_experts
 from mergeready.merging.double import Arithmetic
 from mergeready.merging.evaluation import Evaluate
 from mergeready.merging.folders import Progress, merge_folders
@@ -113,6 +113,7 @@ def merge(
         tensor([[0.5000, 0.5000],
                 [0.5000, 0.5000]])
     """
+    require_experts(experts)
     if scale != "tune" and any(given is not None for given in (evaluate, metric, model)):
         raise OptionError('`evaluate`, `metric` and `model` belong to `scale="tune"`.')
     tune = partial(
@@ -152,8 +153,6 @@ def merge(
         raise OptionError(f"only merges of folders have {names}; this one returns its result.")
     if isinstance(base, nn.Module) and dtype is not None:
         raise OptionError("`dtype` cannot be chosen for a module; convert the base first.")
-    if not experts:
-        raise OptionError("`experts` is empty: there is nothing to merge.")
     first = 1.0 if scale == "tune" else scale
     settings = MergeSettings.make(
         method, len(experts), scale=first, weights=weights, overrides=overrides, **parameters

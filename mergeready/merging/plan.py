@@ -12,7 +12,7 @@ from rich.filesize import decimal
 
 from mergeready.errors import OptionError, listing
 from mergeready.experts.base import Base
-from mergeready.experts.open import Expert, ExpertLike, open_experts
+from mergeready.experts.open import Expert, ExpertLike, open_experts, require_experts
 from mergeready.merging.double import Arithmetic, check_arithmetic
 from mergeready.merging.method import MatrixMethod, MergeMethod
 from mergeready.merging.parameter import check_dtype
@@ -140,8 +140,7 @@ class MergeJob:
         **parameters: Any,
     ) -> MergeJob:
         """Open and check everything; see :func:`mergeready.merging.merge_folders` for the arguments."""
-        if not experts:
-            raise OptionError("`experts` is empty: there is nothing to merge.")
+        require_experts(experts)
         settings = MergeSettings.make(
             method, len(experts), scale=scale, weights=weights, overrides=overrides, **parameters
         )

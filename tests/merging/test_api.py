@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from mergeready.errors import BaseMismatchError, MismatchError, NonFiniteError, OptionError
-from mergeready.merging import make_method, merge, method_names
+from mergeready.experts import open_expert
+from mergeready.merging import MergedInPlace, make_method, merge, merge_adapters, method_names
 from tests.merging.methods import built
 from tests.merging.worlds import World, close, equal, make_world, state, summed, tensors_of
 from tests.models import TinyConvNet, perturb, tiny_bert, tiny_gpt2, tiny_llama, token_batch
@@ -136,6 +137,18 @@ def test_a_method_object_and_its_name_are_the_same(world: World) -> None:
 def test_options_are_checked(world: World, options: dict[str, object], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         merge(state(world.base), world.experts, **options)
+
+
+def test_a_single_expert_is_no_list(world: World, tmp_path: Path) -> None:
+    """The letters of a path would be looked for as models on the hub."""
+    opened = open_expert(world.folders[0], world.base)
+    for expert in (str(world.folders[0]), world.folders[0], world.experts[0], opened, opened.vector):
+        with pytest.raises(OptionError, match="`experts` must be a list, also where there is only one"):
+            merge(world.base, expert)
+        with pytest.raises(OptionError, match="`experts` must be a list"):
+            merge_adapters(world.base, expert, tmp_path / "out")
+        with pytest.raises(OptionError, match="`experts` must be a list"):
+            MergedInPlace(world.experts[0], world.base, expert)
 
 
 def test_a_folder_needs_an_output_and_a_module_has_its_dtype(world: World) -> None:

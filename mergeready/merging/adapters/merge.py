@@ -13,7 +13,7 @@ from mergeready.errors import NonFiniteError, OptionError, listing
 from mergeready.experts.adapter import AdapterTaskVector
 from mergeready.experts.base import Base
 from mergeready.experts.delta import LowRank
-from mergeready.experts.open import Expert, ExpertLike, open_experts
+from mergeready.experts.open import Expert, ExpertLike, open_experts, require_experts
 from mergeready.experts.peft_config import CONFIG_NAME
 from mergeready.experts.record import write_record
 from mergeready.merging.adapters.adapterhub_output import write_adapterhub
@@ -149,8 +149,7 @@ def merge_adapters(
         raise OptionError(f"`output_format` must be peft, adapterhub or full, not {output_format!r}.")
     if absent not in get_args(Absent):
         raise OptionError(f"`absent` must be unchanged or left_out, not {absent!r}.")
-    if not experts:
-        raise OptionError("`experts` is empty: there is nothing to merge.")
+    require_experts(experts)
     check_rank(rank)
     check_dtype(dtype)
     settings = MergeSettings.make(
