@@ -41,7 +41,9 @@ class Score:
         return None if self.examples is None else len(self.examples)
 
 
-def run_evaluation(evaluate: Evaluate, model: nn.Module, metric: str, task: str) -> Score:
+def run_evaluation(
+    evaluate: Evaluate, model: nn.Module, metric: str, task: str, *, finite: bool = True
+) -> Score:
     """Evaluate a model and take one metric from the result.
 
     Args:
@@ -49,11 +51,12 @@ def run_evaluation(evaluate: Evaluate, model: nn.Module, metric: str, task: str)
         model: The model; it is put into evaluation mode (the caller puts it back).
         metric: Which of the returned metrics.
         task: What messages call the task.
+        finite: Whether a value that is not finite is a failure, and not the model's own.
 
     Raises:
         EvaluationError: If the function raises, does not return the metric, or returns NaN or nothing.
     """
-    return take_score(call_evaluation(evaluate, model, task), metric, task)
+    return take_score(call_evaluation(evaluate, model, task), metric, task, finite=finite)
 
 
 def call_evaluation(evaluate: Evaluate, model: nn.Module, task: str) -> Mapping[str, Values]:
@@ -92,11 +95,11 @@ def choose_metric(result: Mapping[str, object], metric: str | None, task: str) -
     return metric
 
 
-def take_score(result: Mapping[str, Values], metric: str, task: str) -> Score:
+def take_score(result: Mapping[str, Values], metric: str, task: str, *, finite: bool = True) -> Score:
     """One metric of an evaluation's result.
 
     Raises:
-        EvaluationError: If it is not there, not a finite number, or was taken over no examples.
+        EvaluationError: If it is not there, no number, not a finite one unless told so, or was taken over no examples.
     """
     raw = result[choose_metric(result, metric, task)]
     try:
@@ -108,7 +111,7 @@ def take_score(result: Mapping[str, Values], metric: str, task: str) -> Score:
     if values.size == 0:
         raise EvaluationError(f"the evaluation of {task} saw no examples: its data is empty.")
     mean = float(values.mean())
-    if not math.isfinite(mean):
+    if finite and not math.isfinite(mean):
         raise EvaluationError(f"the evaluation of {task} returned {mean} as {metric}.")
     return Score(mean, None if values.ndim == 0 else values.reshape(-1))
 

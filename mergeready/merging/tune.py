@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -139,6 +140,8 @@ def search_merged(
 ) -> tuple[ScaleSearch, Mapping[str, Score]]:
     """Search the best scale of a merge that is in place, by the mean of a metric over tasks.
 
+    A scale at which it is not finite, as where half precision overflows, is worse than any other.
+
     Args:
         merged: The merge, inside its ``with`` block; it is left at the scale that was tried last.
         tasks: The evaluations.
@@ -149,7 +152,7 @@ def search_merged(
         max_evaluations: Most scales to try.
 
     Returns:
-        The search, and each task's score at the best scale.
+        The search, without the scales at which the mean was not finite, and each task's score at the best scale.
 
     Raises:
         EvaluationError: If an evaluation fails.
@@ -158,11 +161,15 @@ def search_merged(
 
     def mean_at(scale: float) -> float:
         merged.set_scale(scale)
-        scores[scale] = {
-            task: run_evaluation(evaluate, merged.live.model, metric, task)
+        found = {
+            task: run_evaluation(evaluate, merged.live.model, metric, task, finite=False)
             for task, evaluate in tasks.items()
         }
-        return _mean(scores[scale])
+        mean = _mean(found)
+        if not math.isfinite(mean):
+            return math.nan
+        scores[scale] = found
+        return mean
 
     search = search_scale(
         mean_at,
@@ -171,7 +178,8 @@ def search_merged(
         base_value=_mean(scores[0.0]),
         max_evaluations=max_evaluations,
     )
-    return search, scores[search.best]
+    tried = {scale: value for scale, value in search.tried.items() if scale in scores}
+    return replace(search, tried=tried), scores[search.best]
 
 
 def _mean(scores: Mapping[str, Score]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,19 @@ def test_an_optimum_out_of_reach_is_flagged(caplog: pytest.LogCaptureFixture) ->
     with caplog.at_level(logging.WARNING, "mergeready"):
         merge(OneNumber(), [EXPERT], scale="tune", evaluate=near(1.4))
     assert not caplog.text
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_scale_at_which_a_model_overflows_is_worse_than_any(value: float) -> None:
+    def overflows(model: nn.Module) -> dict[str, float]:
+        weight = float(model.weight)
+        return {"closeness": value if weight > 2 else -abs(weight - 1.9)}
+
+    tuned = tune_scale(OneNumber(), BASE, [EXPERT], overflows)
+    assert (tuned.scale, tuned.inside) == (0.8, True)  # 1.28, which follows, is not finite
+    assert list(tuned.tried) == [0.0, 0.3, 0.5, 0.8]
+    with pytest.raises(EvaluationError, match="returned nan as closeness"):
+        tune_scale(OneNumber(), BASE, [EXPERT], lambda model: {"closeness": math.nan})
 
 
 def test_a_result_that_is_the_base_is_flagged(caplog: pytest.LogCaptureFixture) -> None:
