@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mergeready.errors import BusyError, LostRankError
-from mergeready.weights.atomic import new_file, require_free, sync_folder, sync_tree, take_place
+from mergeready.weights.atomic import is_taken, new_file, require_free, sync_folder, sync_tree, take_place
 
 _LOCK, _KEY, _FOLDER = "lock", "key", "folder"
 
@@ -88,11 +88,17 @@ def resumable_folder(path: Path, key: str | None, *, overwrite: bool = False) ->
 def _take_lock(root: Path, path: Path) -> int:
     import fcntl  # where the system has none, positional writes are missing as well
 
+    root.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        root.mkdir(parents=True, exist_ok=True)
+        try:
+            root.mkdir(exist_ok=True)
+        except FileExistsError:
+            if is_taken(root) and not root.is_dir():
+                raise
+            continue  # whoever had finished removed the folder while `mkdir` looked at what is there
         try:
             lock = os.open(root / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:  # whoever had finished removed the folder this moment
+        except FileNotFoundError:  # or after that
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

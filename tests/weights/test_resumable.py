@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -121,6 +122,32 @@ def test_who_waited_finds_the_output_there(tmp_path: Path, monkeypatch: pytest.M
         sit(tmp_path / "out", "key", "second")
     assert names(tmp_path) == ["out"]
     assert (tmp_path / "out" / "log").read_text() == "first"
+
+
+def test_a_workspace_that_another_removes_this_moment_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, real = Workspace.beside(tmp_path / "out").root, os.mkdir
+    root.mkdir()
+
+    def refused(path: Path, *options: int) -> None:
+        try:
+            real(path, *options)
+        except FileExistsError:
+            if path == root:
+                monkeypatch.undo()
+                root.rmdir()
+            raise
+
+    monkeypatch.setattr(os, "mkdir", refused)
+    assert not sit(tmp_path / "out", "key", "1")
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_file_in_the_place_of_the_workspace_is_named(tmp_path: Path) -> None:
+    Workspace.beside(tmp_path / "out").root.write_text("mine")
+    with pytest.raises(FileExistsError, match=r"\.out\.partial-work"):
+        sit(tmp_path / "out", "key", "1")
 
 
 def test_a_link_that_leads_nowhere_is_an_output_that_exists(tmp_path: Path) -> None:
