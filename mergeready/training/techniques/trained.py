@@ -148,19 +148,19 @@ def add_to_gradient(parameter: nn.Parameter, gradient: Tensor, factor: float = 1
 
 
 def trained_weights(live: LiveExpert) -> dict[str, Trained]:
-    """What trains in a model, by base parameter name.
+    """What trains in a model, by base parameter name: tied weights once, also where the base holds them twice.
 
     Raises:
         UnsupportedError: For adapters whose factors cannot be reached one by one: DoRA, stacks of experts, token rows,
             and trained biases of LoRA layers; all are listed.
     """
-    if not live.is_peft:
-        return {
-            name: _whole(live, name, cast("nn.Parameter", target))
-            for name, target in live.targets.items()
-            if name in live.vector and target.requires_grad
-        }
-    return _of_adapter(live)
+    if live.is_peft:
+        return _of_adapter(live)
+    found: dict[int, Trained] = {}
+    for name, target in live.targets.items():
+        if name in live.vector and target.requires_grad and id(target) not in found:
+            found[id(target)] = _whole(live, name, cast("nn.Parameter", target))
+    return {weight.name: weight for weight in found.values()}
 
 
 def _whole(live: LiveExpert, name: str, parameter: nn.Parameter) -> Whole:
