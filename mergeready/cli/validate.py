@@ -75,7 +75,10 @@ def validate(
     ] = None,
     private: Annotated[bool, typer.Option(help="Make that repository private if it does not exist.")] = False,
 ) -> None:
-    """Check an expert before it is shared. Exit code 0: nothing failed; 1: something did; 2: it could not run."""
+    """Check an expert before it is shared.
+
+    Exit code 0: nothing failed; 1: something did; 2: it, or one of its checks, could not run.
+    """
     from mergeready.training.history import read_history
     from mergeready.validation import validate as run_checks
     from mergeready.validation.card import write_card
@@ -169,4 +172,7 @@ def _summary(report: Report) -> str:
         if failures[s]
     )
     failed = f"{counts['failed']} failed" + (f" ({by_severity})" if by_severity else "")
-    return f"{counts['passed']} passed, {failed}, {counts['not checked']} not checked. {report.headline}"
+    broken = [verdict.id for verdict in report.verdicts if verdict.could_not_run]
+    unchecked = f"{counts['not checked']} not checked"
+    unchecked += f" ({len(broken)} could not run: see {broken[0]})" if broken else ""
+    return f"{counts['passed']} passed, {failed}, {unchecked}. {report.headline}"

@@ -23,6 +23,9 @@ SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
 Limits: TypeAlias = Mapping[str, float]
 """Thresholds of one check, by name."""
 
+COULD_NOT_RUN = "could not run: "
+"""What a message begins with where a check has what it needs, and something else broke."""
+
 
 class NotCheckedError(Exception):
     """Raised where a check lacks something: the message says what."""
@@ -93,6 +96,11 @@ class Verdict:
     value: float | None = None
     threshold: float | None = None
     where: tuple[str, ...] = field(default=())
+
+    @property
+    def could_not_run(self) -> bool:
+        """Whether something broke, as a base that does not open; not whether something is lacking."""
+        return self.status == "not checked" and self.message.startswith(COULD_NOT_RUN)
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready."""

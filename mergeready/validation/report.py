@@ -37,8 +37,14 @@ class Report:
         return [v for v in self.verdicts if v.status == "failed" and v.severity in counted]
 
     def exit_code(self, fail_on: Severity = "error") -> int:
-        """0 where nothing that counts failed, else 1. A check that was not run fails nothing."""
-        return 1 if self.failures(fail_on) else 0
+        """0 where nothing that counts failed, 1 where something did; else 2 where a check could not run.
+
+        That lacks a base, peers or an evaluation fails nothing; that one of them was given and does not open is no
+        success either.
+        """
+        if self.failures(fail_on):
+            return 1
+        return 2 if any(verdict.could_not_run for verdict in self.verdicts) else 0
 
     @property
     def levels_checked(self) -> list[Level]:

@@ -11,7 +11,16 @@ from mergeready.experts.base import Base
 from mergeready.experts.fingerprint import Fingerprint
 from mergeready.experts.open import ExpertLike
 from mergeready.metrics.all_pairs import EstimatedComparison
-from mergeready.validation.check import CHECKS, LEVELS, Check, Level, Limits, NotCheckedError, Verdict
+from mergeready.validation.check import (
+    CHECKS,
+    COULD_NOT_RUN,
+    LEVELS,
+    Check,
+    Level,
+    Limits,
+    NotCheckedError,
+    Verdict,
+)
 from mergeready.validation.evaluation import Evaluation
 from mergeready.validation.report import Report
 from mergeready.validation.subject import Subject
@@ -19,7 +28,6 @@ from mergeready.validation.thresholds import read_thresholds
 from mergeready.weights.open import WeightsLike
 
 _LIBRARIES = ("mergeready", "torch", "safetensors")
-_COULD_NOT_RUN = "could not run: "
 
 
 def validate(
@@ -79,7 +87,7 @@ def run_check(chosen: Check, subject: Subject, limits: Limits) -> Verdict:
     except NotCheckedError as reason:
         return Verdict(**about, status="not checked", message=str(reason))
     except (MergeReadyError, OSError) as error:
-        return Verdict(**about, status="not checked", message=f"{_COULD_NOT_RUN}{error}")
+        return Verdict(**about, status="not checked", message=f"{COULD_NOT_RUN}{error}")
     about["severity"] = found.severity or chosen.severity
     return Verdict(
         **about,
@@ -97,10 +105,10 @@ def _each_reason_once(verdicts: Sequence[Verdict]) -> list[Verdict]:
     first: dict[str, str] = {}
     shortened = []
     for verdict in verdicts:
-        reason = verdict.message.removeprefix(_COULD_NOT_RUN)
+        reason = verdict.message.removeprefix(COULD_NOT_RUN)
         told = first.setdefault(reason, verdict.id)
-        is_repeated = verdict.message.startswith(_COULD_NOT_RUN) and told != verdict.id
-        shortened.append(replace(verdict, message=f"{_COULD_NOT_RUN}see {told}") if is_repeated else verdict)
+        is_repeated = verdict.could_not_run and told != verdict.id
+        shortened.append(replace(verdict, message=f"{COULD_NOT_RUN}see {told}") if is_repeated else verdict)
     return shortened
 
 

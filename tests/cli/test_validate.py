@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from mergeready.validation import Evaluation
 from tests.cli.commands import run
 from tests.hub import serving
+from tests.models import tiny_bert
 from tests.validation.experts import write_base, write_full
 
 
@@ -31,6 +33,31 @@ def test_exit_codes(law: Path, tmp_path: Path) -> None:
     assert run("validate", law, "--base", tmp_path / "base").exit_code == 0
     assert run("validate", law, "--base", tmp_path / "base", "--fail-on", "warning").exit_code == 1
     assert run("validate", tmp_path / "nowhere").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        ["--base", "nowhere"],
+        ["--base", "base", "--peers", "nowhere"],
+        ["--base", "base", "--eval", "tests.cli.test_validate:an_evaluation_that_raises"],
+    ],
+)
+def test_what_is_named_and_does_not_work_is_no_success(
+    law: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run("validate", "law", *broken)
+    assert done.exit_code == 2, done.output
+    assert "could not run: see" in done.stdout
+    assert run("validate", "law", *broken, "--fail-on", "info").exit_code == 1  # it has no record
+
+
+def an_evaluation_that_raises(base: object) -> Evaluation:
+    def own(model: object) -> dict[str, float]:
+        raise RuntimeError("no data here")
+
+    return Evaluation(model=tiny_bert(), own=own)
 
 
 def test_fixes_are_shown(law: Path, tmp_path: Path) -> None:
