@@ -57,8 +57,16 @@ class Report:
 
     @property
     def is_merge_ready(self) -> bool:
-        """Whether every level was checked and no error was found. *Not checked* is not passed."""
-        return list(LEVELS) == self.levels_checked and not self.failures("error")
+        """Whether every level was checked, by a merge as well, and no error was found. *Not checked* is not passed."""
+        return list(LEVELS) == self.levels_checked and self._was_merged and not self.failures("error")
+
+    @property
+    def _was_merged(self) -> bool:
+        """Whether a merge was judged: cosines and ranges of scales say nothing about what it keeps."""
+        return any(
+            v.level == LEVELS[-1] and v.severity == "error" and v.status != "not checked"
+            for v in self.verdicts
+        )
 
     @property
     def headline(self) -> str:
@@ -69,11 +77,11 @@ class Report:
             levels = f"levels of {', '.join(before)} and {last}" if before else f"level of {last}"
             return f"Not a verdict on merging: nothing was checked on the {levels}."
         wrong = [verdict.id for verdict in self.failures("error")]
-        return (
-            f"Not merge-ready: {', '.join(wrong)} failed."
-            if wrong
-            else "Merge-ready: every level was checked."
-        )
+        if wrong:
+            return f"Not merge-ready: {', '.join(wrong)} failed."
+        if not self._was_merged:
+            return "Not a verdict on merging: what it keeps when merged was not checked."
+        return "Merge-ready: every level was checked."
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready; numbers that are not finite become null."""

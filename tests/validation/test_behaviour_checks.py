@@ -117,6 +117,17 @@ def test_what_a_worse_expert_keeps_is_not_taken_for_a_gain(world: Path) -> None:
     assert not report.is_merge_ready
 
 
+def test_diagnostics_alone_call_nothing_merge_ready(world: Path) -> None:
+    """An expert that is no better than its base has no gain to keep; that its cosines are fine says nothing."""
+    report = check(world, peers=("task-1",), greater_is_better=False)
+    assert verdict(report, "C401").status == "passed"
+    assert verdict(report, "C402").status == "not checked"
+    assert report.levels_checked == ["file", "base", "behaviour", "composition"]
+    assert not report.failures("error")
+    assert not report.is_merge_ready
+    assert report.headline == "Not a verdict on merging: what it keeps when merged was not checked."
+
+
 def test_an_opponent_is_seen(world: Path, tmp_path: Path) -> None:
     base, own = state_of(Net()), state_of(expert(0, steps=60))
     opposite = Net()
