@@ -141,6 +141,6 @@ def declared_base(subject: Subject) -> str | None:
     config = subject.adapter_config
     if config is not None and config.base_name:
         return config.base_name
-    named = (card_fields(subject.card) or {}).get("base_model")
+    named = card_fields(subject.card).get("base_model")
     first = named[0] if isinstance(named, list) and named else named
     return first if isinstance(first, str) else None

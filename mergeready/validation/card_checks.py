@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,13 +12,12 @@ from mergeready.experts.record import read_record
 from mergeready.validation.check import Limits, NotCheckedError, Result, check, failed, passed
 from mergeready.validation.public import PRIVATE
 from mergeready.validation.subject import Subject
+from mergeready.weights.model_card import split_card
 from mergeready.weights.safetensors_file import SafetensorsFile
-from mergeready.weights.yaml_text import parse_yaml
 
 _FIELDS = ("base_model", "license")
 _TEXTS = ("*.json", "*.md", "*.yaml", "*.yml", "*.txt")
 _LARGEST_TEXT = 1_000_000
-_LONGEST_FIELDS = 100_000
 
 
 @check(
@@ -53,8 +53,11 @@ def names_base_and_licence(subject: Subject, limits: Limits) -> Result:
     """The hub links experts to bases by these fields."""
     if "\N{REPLACEMENT CHARACTER}" in subject.card:
         return failed("README.md is not UTF-8")
-    fields = card_fields(subject.card)
-    if fields is None:
+    try:
+        fields = split_card(subject.card)[0]
+    except FormatError as error:
+        return failed(str(error))
+    if not fields:
         return failed("README.md has no metadata at its top")
     missing = [name for name in _FIELDS if not fields.get(name)]
     if missing:
@@ -84,16 +87,13 @@ def provenance(subject: Subject, limits: Limits) -> Result:
     return passed(f"mergeready.json, schema {record.get('schema')}")
 
 
-def card_fields(text: str) -> Mapping[str, Any] | None:
-    """The YAML between the first two lines of dashes of a model card; None where there is none that can be read."""
-    found = re.match(r"---[ \t]*\n(.*?)\n---[ \t]*(?:\n|$)", text[:_LONGEST_FIELDS], re.DOTALL)
-    if not found:
-        return None
+@functools.lru_cache(maxsize=8)  # scores of many tasks make cards whose metadata takes longer to read than weights
+def card_fields(text: str) -> Mapping[str, Any]:
+    """The metadata of a model card; empty where there is none that can be read."""
     try:
-        content = parse_yaml(found[1], "the card")
+        return split_card(text)[0]
     except FormatError:
-        return None
-    return content if isinstance(content, dict) else None
+        return {}
 
 
 def _is_text(value: Any) -> bool:

@@ -86,8 +86,8 @@ def _together(one: str, other: str) -> bool | None:
 
 def _declared(folder: Path) -> str | None:
     path = folder / "README.md"
-    fields = card_fields(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else None
-    value: Any = (fields or {}).get("license")
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    value: Any = card_fields(text).get("license")
     return value.lower() if isinstance(value, str) and value != "other" else None
 
 

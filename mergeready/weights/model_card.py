@@ -16,7 +16,10 @@ from mergeready.weights.yaml_text import parse_yaml
 CARD_NAME = "README.md"
 BEGIN, END = "<!-- mergeready:begin -->", "<!-- mergeready:end -->"
 _ADDED_TO = "tags"
-_METADATA = re.compile(r"\A---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)", re.DOTALL | re.MULTILINE)
+# As the hub reads it, which looks past empty lines and a byte order mark.
+_METADATA = re.compile(
+    r"\A(?P<before>\ufeff?\s*)---[ \t]*\n(?P<block>.*?)^---[ \t]*(?:\n|\Z)", re.DOTALL | re.MULTILINE
+)
 
 
 def split_card(text: str) -> tuple[Mapping[str, Any], str]:
@@ -31,7 +34,7 @@ def split_card(text: str) -> tuple[Mapping[str, Any], str]:
     found = _METADATA.match(text)
     if not found:
         return {}, text
-    return _parse(found[1]), text[found.end() :]
+    return _parse(found["block"]), text[found.end() :]
 
 
 def with_fields(text: str, fields: Mapping[str, Any]) -> str:
@@ -46,7 +49,7 @@ def with_fields(text: str, fields: Mapping[str, Any]) -> str:
     '---\ntags:\n- law\n- merge\nlicense: mit # ours\n---\nText'
     """
     found = _METADATA.match(text)
-    block = found[1] if found else ""
+    before, block = (found["before"], found["block"]) if found else ("", "")
     rest = text[found.end() :] if found else text
     known = _parse(block)
     lines = _lines(block)
@@ -62,7 +65,7 @@ def with_fields(text: str, fields: Mapping[str, Any]) -> str:
         raise FormatError(
             f"the metadata of {CARD_NAME} is written so that single fields cannot be changed. Write one field a line."
         )
-    return f"---\n{made}---\n{rest}"
+    return f"{before}---\n{made}---\n{rest}"
 
 
 def with_section(text: str, section: str) -> str:

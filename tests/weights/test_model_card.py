@@ -69,6 +69,17 @@ def test_a_new_card(tmp_path: Path) -> None:
     assert path.read_text(encoding="utf-8") == f"---\nlicense: mit\n---\n\n{BEGIN}\nOurs.\n{END}\n"
 
 
+@pytest.mark.parametrize("before", ["\n", "\ufeff", " \n\n"])
+def test_metadata_is_where_the_hub_sees_it(tmp_path: Path, before: str) -> None:
+    """A second block above it would hide the first from the hub: its licence and base would be gone."""
+    (tmp_path / "README.md").write_text(before + CARD, encoding="utf-8")
+    assert split_card(before + CARD) == split_card(CARD)
+    path = update_card(tmp_path, {"tags": ["merge"]}, "Ours.")
+    assert path.read_text(encoding="utf-8").startswith(f"{before}---\n# what it was made from\n")
+    data = ModelCard(path.read_text(encoding="utf-8-sig"), ignore_metadata_errors=True).data
+    assert (data.license, data.base_model, data.tags) == ("apache-2.0", "org/base", ["merge"])
+
+
 def test_a_card_without_metadata(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("# Law", encoding="utf-8")
     update_card(tmp_path, {"license": "mit"}, "Ours.")
