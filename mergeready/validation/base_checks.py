@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from mergeready.errors import BaseMismatchError, MergeReadyError, MismatchError, UnsupportedError, listing
-from mergeready.experts.peft_config import unquantised
+from mergeready.experts.peft_config import quantised_note, unquantised
 from mergeready.experts.record import recorded_base
 from mergeready.metrics.groups import group_of
 from mergeready.validation.card_checks import card_fields
@@ -130,7 +130,9 @@ def placement(subject: Subject, limits: Limits) -> Result:
 )
 def not_quantised(subject: Subject, limits: Limits) -> Result:
     """An adapter of a quantised model was fitted to rounded weights."""
-    notes = subject.expert.notes
+    _ = subject.expert  # without a base there is nothing it could be merged into
+    config = subject.adapter_config
+    notes = quantised_note(None if config is None else config.base_name)
     if notes:
         return failed(listing(notes), where=tuple(notes))
     return passed("no sign of training on quantised weights")

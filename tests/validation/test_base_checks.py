@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mergeready.validation import Verdict, validate
+from tests.validation.corpus import WORDS, write_tokenizer
+from tests.validation.experts import edit_json, write_adapter, write_base, write_full
+
+
+def verdict(folder: Path, base: Path, name: str) -> Verdict:
+    return next(v for v in validate(folder, base, level="base").verdicts if v.id == name)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    folder = write_base(tmp_path / "base")
+    write_tokenizer(folder)
+    return folder
+
+
+def test_rows_in_another_order_are_no_sign_of_quantised_weights(base: Path, tmp_path: Path) -> None:
+    law = write_full(tmp_path / "law")
+    write_tokenizer(law, WORDS | {"the": 2, "law": 1})
+    report = validate(law, base, level="base")
+    assert any("paired by token" in note for note in report.facts["notes"])
+    assert verdict(law, base, "B106").status == "passed"
