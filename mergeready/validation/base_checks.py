@@ -14,6 +14,7 @@ from mergeready.validation.check import Limits, NotCheckedError, Result, check, 
 from mergeready.validation.subject import Subject
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_COMMIT = re.compile(r"[0-9a-f]{7,40}")
 
 
 @check(
@@ -50,9 +51,12 @@ def base_revision(subject: Subject, limits: Limits) -> Result:
     fields = subject.adapter_fields
     if fields is None:
         raise NotCheckedError("full models have no field for it")
-    if not fields.get("revision"):
+    revision = fields.get("revision")
+    if not revision:
         return failed("`revision` is empty")
-    return passed(f"revision {fields['revision']}")
+    if not (isinstance(revision, str) and _COMMIT.fullmatch(revision)):
+        return failed(f"`revision` is {revision}, which is no commit: branches and tags move")
+    return passed(f"revision {revision}")
 
 
 @check(

@@ -26,3 +26,12 @@ def test_rows_in_another_order_are_no_sign_of_quantised_weights(base: Path, tmp_
     report = validate(law, base, level="base")
     assert any("paired by token" in note for note in report.facts["notes"])
     assert verdict(law, base, "B106").status == "passed"
+
+
+@pytest.mark.parametrize(
+    ("revision", "status"), [("0a1b2c3d" * 5, "passed"), ("0a1b2c3", "passed"), ("main", "failed")]
+)
+def test_only_a_commit_pins_a_base(base: Path, tmp_path: Path, revision: str, status: str) -> None:
+    law = write_adapter(tmp_path / "law")
+    edit_json(law / "adapter_config.json", revision=revision)
+    assert verdict(law, base, "B107").status == status
