@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -122,6 +123,9 @@ def validate(
         Console(stderr=True).print(
             f"[bold red]could not run:[/] {escape(str(error))}", highlight=False, soft_wrap=True
         )
+        sys.exit(_COULD_NOT_RUN)
+    except Exception:  # noqa: BLE001 - such as an evaluation's own code raises: no verdict on the expert
+        traceback.print_exc()
         sys.exit(_COULD_NOT_RUN)
     sys.exit(report.exit_code(fail_on))
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from mergeready.errors import MergeReadyError
+from mergeready.errors import EvaluationError, MergeReadyError
 from mergeready.merging.evaluation import run_evaluation
 from mergeready.merging.in_place import MergedInPlace
 from mergeready.training.bootstrap import difference
@@ -33,10 +33,17 @@ def folded_equals_unfolded(subject: Subject, limits: Limits) -> Result:
     evaluation = subject.evaluation
     if evaluation.outputs is None or evaluation.unfolded is None:
         raise NotCheckedError("no `outputs` and `unfolded` to compare")
-    with torch.no_grad():
-        expected = evaluation.outputs(evaluation.unfolded().eval()).double()
+    try:
+        unfolded = evaluation.unfolded()
+    except Exception as raised:
+        raise EvaluationError(f"`unfolded` raised {type(raised).__name__}: {raised}") from raised
+    expected = _outputs(subject, unfolded)
     with expert_in_place(subject) as merged:
         found = _outputs(subject, merged.live.model)
+    if found.shape != expected.shape:
+        raise EvaluationError(
+            f"`outputs` has shape {tuple(expected.shape)} of `unfolded`, and {tuple(found.shape)} of the model."
+        )
     error = float((found - expected).abs().max()) / max(float(expected.std()), 1e-12)
     message = f"logits differ by at most {error:.1e} of their spread"
     return compared(
@@ -125,5 +132,8 @@ def expert_in_place(subject: Subject) -> Iterator[MergedInPlace]:
 def _outputs(subject: Subject, model: nn.Module) -> Tensor:
     if subject.evaluation.outputs is None:
         raise NotCheckedError("no `outputs` on neutral inputs")
-    with torch.no_grad():
-        return subject.evaluation.outputs(model.eval()).double()
+    try:
+        with torch.no_grad():
+            return subject.evaluation.outputs(model.eval()).double().cpu()
+    except Exception as error:
+        raise EvaluationError(f"`outputs` raised {type(error).__name__}: {error}") from error

@@ -60,6 +60,17 @@ def an_evaluation_that_raises(base: object) -> Evaluation:
     return Evaluation(model=tiny_bert(), own=own)
 
 
+def test_a_crash_is_no_verdict(law: Path, tmp_path: Path) -> None:
+    target = "tests.cli.test_validate:no_evaluation_at_all"
+    done = run("validate", law, "--base", tmp_path / "base", "--eval", target)
+    assert done.exit_code == 2
+    assert "KeyError: 'no such file'" in done.stderr
+
+
+def no_evaluation_at_all(base: object) -> Evaluation:
+    raise KeyError("no such file")
+
+
 def test_fixes_are_shown(law: Path, tmp_path: Path) -> None:
     done = run("validate", law, "--base", law)
     assert done.exit_code == 1

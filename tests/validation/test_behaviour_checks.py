@@ -161,6 +161,27 @@ def test_folding(world: Path) -> None:
     assert verdict(check(world), "E301").status == "not checked"
 
 
+def test_what_a_user_wrote_may_raise_without_ending_the_report(world: Path) -> None:
+    def broken(*_: object) -> torch.Tensor:
+        raise ImportError("no peft here")
+
+    report = check(world, outputs=broken, unfolded=lambda: expert(0, steps=60))
+    assert verdict(report, "E301").message == "could not run: `outputs` raised ImportError: no peft here"
+    assert verdict(report, "E302").status == "passed"
+    report = check(world, outputs=neutral, unfolded=broken)
+    assert verdict(report, "E301").message == "could not run: `unfolded` raised ImportError: no peft here"
+    assert verdict(report, "E303").value is not None
+
+
+def test_outputs_of_two_shapes_are_not_compared(world: Path) -> None:
+    sizes = iter((1, 50))
+    report = check(
+        world, outputs=lambda model: neutral(model)[: next(sizes, 50)], unfolded=lambda: expert(0, steps=60)
+    )
+    assert "`outputs` has shape (1, " in verdict(report, "E301").message
+    assert verdict(report, "E301").status == "not checked"
+
+
 def test_what_neutral_inputs_say(world: Path) -> None:
     found = verdict(check(world, outputs=neutral), "E303")
     before, after = neutral(Net().eval()).double(), neutral(expert(0, steps=60).eval()).double()
