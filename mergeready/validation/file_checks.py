@@ -98,6 +98,10 @@ def no_pickles(subject: Subject, limits: Limits) -> Result:
     arguments = sorted(path.name for path in subject.folder.rglob("training_args.bin"))
     if found or arguments:
         return failed(f"pickle files: {listing([*found, *arguments])}", where=(*found, *arguments))
+    if not subject.is_local:
+        raise NotCheckedError(
+            "pickle files of the hub are not downloaded: look for them in its list of files"
+        )
     return passed("no pickle files")
 
 

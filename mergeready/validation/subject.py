@@ -98,6 +98,7 @@ class Subject:
         self.label = str(expert)
         self.revision = revision
         self.folder = resolve_folder(expert, revision=revision)
+        self.is_local = Path(expert).expanduser().exists()
         if not self.folder.is_dir():
             raise FormatError(f"{expert} is a file. Name the folder of the expert.")
         self.given_base, self.given_peers = base, list(peers)

@@ -313,3 +313,12 @@ class TestWhatIsWrong:
         )
         [verdict] = [v for v in validate(law, base, level="base").verdicts if v.id == "D201"]
         assert verdict.where == (name,)
+
+
+def test_pickles_that_were_not_downloaded_are_not_called_absent(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    law = write_full(tmp_path / "0123abcd")
+    assert statuses(validate(law, level="file"))["F005"] == "passed"
+    monkeypatch.setattr("mergeready.validation.subject.resolve_folder", lambda *_, **__: law)
+    assert statuses(validate("org/law", level="file"))["F005"] == "not checked"
