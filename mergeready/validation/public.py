@@ -14,7 +14,8 @@ from mergeready.validation.report import Report
 _LOCAL_PATH = re.compile(r"(?<![\w:.])(?:/|~/|[A-Za-z]:\\)[^\s,;:)\"']+")
 PRIVATE: Mapping[str, re.Pattern[str]] = {
     "a local path": re.compile(
-        r"(?<![\w:/.])(?:/(?:home|root|Users|tmp|mnt|data|scratch|workspace)/[^\s\"'`)]+|[A-Za-z]:\\\\?[^\s\"']+)"
+        r"(?<![\w:/.])(?:/(?:home|root|Users|Volumes|tmp|mnt|data|scratch|workspace|fsx|gpfs|lustre|nfs|content/drive|"
+        r"kaggle/(?:input|working))/[^\s\"'`)]+|[A-Za-z]:\\\\?[^\s\"']+)"
     ),
     "an access token": re.compile(
         r"\b(?:hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{30,}|gh[pousr]_[A-Za-z0-9]{30,})\b"

@@ -36,3 +36,29 @@ def test_metadata_that_cannot_be_read_is_said_to_be_there(law: Path) -> None:
     found = verdict(law, "P501")
     assert found.status == "failed"
     assert "is not YAML" in found.message
+
+
+def test_a_tokenizers_configuration_is_looked_through(law: Path) -> None:
+    """It often holds the cache that the tokenizer came from."""
+    (law / "tokenizer_config.json").write_text('{"special_tokens_map_file": "/root/.cache/x/special.json"}')
+    assert verdict(law, "F007").where == ("a local path in tokenizer_config.json",)
+
+
+def test_what_is_too_large_or_damaged_is_not_called_clean(law: Path) -> None:
+    (law / "trainer_state.json").write_text('{"log": "' + "x " * 1_000_001 + '"}')
+    found = verdict(law, "F007")
+    assert (found.status, found.message) == (
+        "not checked",
+        "nothing found, but trainer_state.json could not be looked through",
+    )
+    (law / "stray.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    (law / "notes.txt").write_text("from /home/me/run")
+    assert verdict(law, "F007").where == ("a local path in notes.txt",)
+
+
+@pytest.mark.parametrize(
+    "path", ["/content/drive/MyDrive/llama", "/kaggle/input/llama", "/fsx/me/llama", "/Volumes/disk/llama"]
+)
+def test_paths_of_notebooks_and_clusters(law: Path, path: str) -> None:
+    (law / "notes.txt").write_text(f"trained from {path}")
+    assert verdict(law, "F007").where == ("a local path in notes.txt",)
