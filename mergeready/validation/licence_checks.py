@@ -13,6 +13,7 @@ from mergeready.experts.open import Expert, ExpertLike
 from mergeready.validation.card_checks import card_fields
 from mergeready.validation.check import Limits, NotCheckedError, Result, check, failed, passed
 from mergeready.validation.subject import Subject
+from mergeready.weights.open import resolve_folder
 
 _FREE = re.compile(r"mit|apache-2\.0|bsd(-\w+)*|isc|unlicense|cc0-1\.0|zlib|0bsd|ecl-2\.0")
 _COPYLEFT = re.compile(r"a?gpl(-\d(\.\d)?)?")
@@ -76,6 +77,8 @@ def _derived(own: str, base: str) -> bool | None:
 
 def _together(one: str, other: str) -> bool | None:
     """Whether a merge can keep both licences; None where the table does not say."""
+    if _NO_DERIVATIVES.fullmatch(one) or _NO_DERIVATIVES.fullmatch(other):
+        return False  # what is merged from it is derived from it
     if one == other or _FREE.fullmatch(one) or _FREE.fullmatch(other):
         return True
     for first, second in ((one, other), (other, one)):
@@ -94,5 +97,6 @@ def _declared(folder: Path) -> str | None:
 def _peer_licence(peer: ExpertLike | Fingerprint) -> str | None:
     if isinstance(peer, Expert):
         return None if peer.folder is None else _declared(peer.folder)
-    is_folder = isinstance(peer, str | Path) and not is_fingerprint(peer) and Path(peer).is_dir()
-    return _declared(Path(str(peer))) if is_folder else None
+    if not isinstance(peer, str | Path) or is_fingerprint(peer):
+        return None
+    return _declared(resolve_folder(peer))

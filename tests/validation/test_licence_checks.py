@@ -29,6 +29,8 @@ from tests.validation.experts import write_base, write_full
         ("gpl-3.0", "mit", "cc-by-nc-4.0", "failed"),
         ("mit", "mit", "gemma", "passed"),
         ("gemma", "mit", "openrail", "not checked"),
+        ("mit", "mit", "cc-by-nd-4.0", "failed"),
+        ("cc-by-nc-nd-4.0", "mit", "cc-by-nc-nd-4.0", "failed"),
     ],
 )
 def test_pairs(own: str, base: str | None, peer: str | None, status: str, tmp_path: Path) -> None:
@@ -43,3 +45,12 @@ def test_pairs(own: str, base: str | None, peer: str | None, status: str, tmp_pa
     for given in (peers, [open_expert(path, tmp_path / "base") for path in peers]):
         report = validate(tmp_path / "law", tmp_path / "base", peers=given, level="base")
         assert {v.id: v.status for v in report.verdicts}["P502"] == status
+
+
+def test_a_peer_of_the_hub_has_a_licence_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, snapshot = write_base(tmp_path / "base"), write_full(tmp_path / "0123abcd", seed=2)
+    write_card(snapshot, license="cc-by-nc-4.0")
+    write_card(write_full(tmp_path / "law"), license="gpl-3.0")
+    monkeypatch.setattr("mergeready.validation.licence_checks.resolve_folder", lambda peer: snapshot)
+    report = validate(tmp_path / "law", base, peers=["org/code"], level="base")
+    assert {v.id: v.status for v in report.verdicts}["P502"] == "failed"
