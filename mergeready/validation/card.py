@@ -148,4 +148,5 @@ def _declared(folder: Path) -> str | None:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    """Text as text in a table: names such as ``<s>`` are no tags, links or ends of cells."""
+    return re.sub(r"([|\[*])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;")).replace("\n", " ")

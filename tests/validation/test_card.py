@@ -91,6 +91,12 @@ def test_paths_in_messages_are_left_out() -> None:
     assert "3 tensors \\| fine" in text
 
 
+def test_names_in_messages_stay_names() -> None:
+    """Pages of the hub would take tokens for tags, and names from a stranger's file for pictures to be fetched."""
+    text = section(report_with(verdict("B104", 1.0, "lacks '<s>', '<!-- mergeready:end -->', '![](pixel)'")))
+    assert "lacks '&lt;s>', '&lt;!-- mergeready:end -->', '!\\[](pixel)'" in text
+
+
 def test_scores_are_in_the_index_that_the_hub_reads(law: Path) -> None:
     report = report_with(verdict("C402", 0.75), verdict("E302", 0.1))
     write_card(law, report, dataset="org/cases")
