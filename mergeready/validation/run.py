@@ -85,18 +85,25 @@ def run_check(chosen: Check, subject: Subject, limits: Limits) -> Verdict:
     try:
         found = chosen.run(subject, limits)
     except NotCheckedError as reason:
-        return Verdict(**about, status="not checked", message=str(reason))
+        return Verdict(**about, status="not checked", message=_printable(str(reason)))
     except (MergeReadyError, OSError) as error:
-        return Verdict(**about, status="not checked", message=f"{COULD_NOT_RUN}{error}")
+        return Verdict(**about, status="not checked", message=_printable(f"{COULD_NOT_RUN}{error}"))
     about["severity"] = found.severity or chosen.severity
     return Verdict(
         **about,
         status="passed" if found.passed else "failed",
-        message=found.message,
+        message=_printable(found.message),
         fix="" if found.passed else found.fix or chosen.fix,
         value=found.value,
         threshold=found.threshold,
-        where=found.where,
+        where=tuple(map(_printable, found.where)),
+    )
+
+
+def _printable(text: str) -> str:
+    """Names in files of others may hold control characters, which could rewrite verdicts on a terminal."""
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
     )
 
 

@@ -195,6 +195,15 @@ class TestWhatIsWrong:
         assert "is its base" not in found["D200"].fix
         assert others_of_the_change(report) == {"D200 failed"}
 
+    def test_names_cannot_rewrite_the_terminal(self, base: Path, tmp_path: Path) -> None:
+        law = write_adapter(tmp_path / "law")
+        edit_tensors(law / "adapter_model.safetensors", lambda t: t | {"\x1b[2Jx": torch.ones(2)})
+        edit_json(law / "adapter_config.json", base_model_name_or_path="org/\ud800")
+        verdicts = {v.id: v for v in validate(law, base, level="base").verdicts}
+        assert "\\x1b[2Jx is not a name of this format" in verdicts["F002"].message
+        assert "\\ud800" in verdicts["B101"].message
+        assert all(c.isprintable() or c == "\n" for v in verdicts.values() for c in v.message + "".join(v.where))
+
     def test_untrained(self, base: Path, tmp_path: Path) -> None:
         law = write_adapter(tmp_path / "law")
         edit_tensors(
