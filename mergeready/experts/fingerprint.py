@@ -121,7 +121,7 @@ class Fingerprint:
             base = BaseIdentity.from_json(about["base"], f"the base of {about['label']}")
             sketched, facts, label = list(about["subspaces"]), dict(about["facts"]), str(about["label"])
             routed = {str(name): int(width) for name, width in about.get("router", {}).items()}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise FormatError(f"{path} does not describe itself as a fingerprint does ({error}).") from error
         return cls._assemble(path, file, shapes, total, budget, base, sketched, routed, facts, label)
 
@@ -139,6 +139,9 @@ class Fingerprint:
         facts: dict[str, Any],
         label: str,
     ) -> Fingerprint:
+        impossible = [name for name, shape in shapes.items() if min(shape, default=0) < 0]
+        if impossible:
+            raise FormatError(f"{path} gives {listing(impossible)} shapes that no tensor has. Make it again.")
         counts = [sample_count(math.prod(shape), total, budget) for shape in shapes.values()]
         wanted: dict[str, tuple[int, ...]] = {"norms": (len(shapes),), "samples": (sum(counts),)}
         found = {name: info.shape for name, info in file.infos.items()}

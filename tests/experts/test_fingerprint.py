@@ -65,6 +65,7 @@ def altered(path: Path, tensors: dict[str, Any] | None = None, **metadata: str) 
         ({}, {"mergeready.about": "{}"}, "does not describe itself"),
         ({}, {"mergeready.about": "["}, "does not describe itself"),
         ({}, {"mergeready.about": "[]"}, "does not describe itself"),
+        ({}, {"mergeready.about": "[" * 100_000}, "does not describe itself"),
         ({"norms": torch.ones(2, dtype=torch.float64)}, {}, "contradicts itself: norms"),
         ({"samples": torch.ones(5)}, {}, "contradicts itself: samples"),
         ({"subspaces": torch.ones(1, 4, 64)}, {}, "subspaces"),
@@ -76,6 +77,29 @@ def test_damaged_files_are_refused(
     path = made.save(tmp_path / "x.fingerprint.safetensors")
     altered(path, tensors, **metadata)
     with pytest.raises(FormatError, match=message):
+        Fingerprint.load(path)
+
+
+def described(path: Path, **changes: object) -> None:
+    """The file with other words about itself."""
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["mergeready.about"])
+    altered(path, {}, **{"mergeready.about": json.dumps(about | changes)})
+
+
+def test_a_size_without_bounds_is_refused(made: Fingerprint, tmp_path: Path) -> None:
+    path = made.save(tmp_path / "x.fingerprint.safetensors")
+    described(path, total=float("inf"))
+    with pytest.raises(FormatError, match="does not describe itself"):
+        Fingerprint.load(path)
+
+
+def test_shapes_below_zero_are_refused(made: Fingerprint, tmp_path: Path) -> None:
+    path = made.save(tmp_path / "x.fingerprint.safetensors")
+    described(path, shapes={"a": [8], "b": [-3]}, subspaces=[])
+    tensors = {"norms": torch.ones(2, dtype=torch.float64), "samples": torch.ones(5)}
+    altered(path, tensors | {"subspaces": torch.ones(0, 4, 64)})
+    with pytest.raises(FormatError, match="gives b shapes"):
         Fingerprint.load(path)
 
 
