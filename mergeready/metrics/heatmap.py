@@ -98,8 +98,9 @@ def _panel(
     named = positions if len(labels) <= _MOST_LABELS else range(0)
     upright = many or max(map(len, labels)) >= _LONG
     turn = {"rotation": 90} if upright else {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
-    axes.set_xticks(named, [labels[i] for i in named], **turn, **small)
-    axes.set_yticks(named, [labels[i] for i in named], **small)
+    # Names are no formulas, whatever dollars they hold.
+    axes.set_xticks(named, [labels[i] for i in named], parse_math=False, **turn, **small)
+    axes.set_yticks(named, [labels[i] for i in named], parse_math=False, **small)
     if many:
         return
     for row in positions:

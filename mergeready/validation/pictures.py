@@ -117,7 +117,7 @@ def _retention(history: History, method: str) -> Callable[[Any], None]:
         axes.plot([r.base for r in values], rows, "o", markerfacecolor="none", color="#777777", label="base")
         axes.plot([r.expert for r in values], rows, "o", color="#1f6fb4", label="expert")
         axes.plot([r.merged.value for r in values], rows, "D", color="#d1495b", label="merged")
-        axes.set_yticks(list(rows), names)
+        axes.set_yticks(list(rows), names, parse_math=False)
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlabel((history.start.metric if history.start else None) or "metric")
         axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)

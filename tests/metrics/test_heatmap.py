@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,3 +53,9 @@ def test_what_is_not_known_is_a_dash() -> None:
     figure = Figure()
     draw_pairs(figure, compare_vectors(task_vectors(found), base_of(found[0])))
     assert {text.get_text() for axes in figure.axes for text in axes.texts} == {"–"}
+
+
+def test_names_with_dollars_are_no_formulas(tmp_path: Path) -> None:
+    found = compare_vectors(task_vectors([{"x": torch.randn(9)}] * 2), base_of({"x": torch.randn(9)}))
+    draw_heatmaps(replace(found, labels=["$\\frac{$", "a_$5_$6"]), tmp_path / "picture.png")
+    assert imread(tmp_path / "picture.png").shape[0] > 100
