@@ -55,11 +55,12 @@ def factors(
     from mergeready.experts import Base, open_expert
     from mergeready.experts.factors import SUFFIX
     from mergeready.merging.in_place import MergedInPlace
+    from mergeready.metrics.labels import own_name
     from mergeready.training.kronecker import write_factors
 
     opened_base = Base.open(base)
     opened = open_expert(expert, opened_base, strict=False)
-    name = label or opened.label.rstrip("/").rpartition("/")[2]
+    name = label or own_name(opened.label)
     model, batches = _call(data, base)
     path = output or Path(name + SUFFIX)
     weights = [1.0] if at == "expert" else [0.0]

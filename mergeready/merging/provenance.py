@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -96,7 +97,7 @@ def is_hub_id(name: str) -> bool:
 
 def public_name(name: str) -> str:
     """A hub id as it is; of a path only the last part, since the rest is nobody's business."""
-    return name if is_hub_id(name) else Path(name).name
+    return name if is_hub_id(name) else Path(os.path.abspath(name)).name
 
 
 def public(value: Any) -> Any:

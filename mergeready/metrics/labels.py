@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+
+
+def own_name(label: str) -> str:
+    """What an expert is called without where it lies: its folder's name, also where that is the working directory.
+
+    >>> own_name("experts/law/"), own_name("org/law"), own_name(".") == own_name("../" + own_name("."))
+    ('law', 'law', True)
+    """
+    return os.path.basename(os.path.abspath(label))
 
 
 def short_labels(labels: Sequence[str]) -> list[str]:

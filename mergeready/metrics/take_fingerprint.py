@@ -15,6 +15,7 @@ from mergeready.experts.coordinates import coordinates, projection, sample_count
 from mergeready.experts.fingerprint import BUDGET, Fingerprint
 from mergeready.experts.sums import squared_norm
 from mergeready.experts.task_vector import TaskVector, require_finite
+from mergeready.metrics.labels import own_name
 from mergeready.metrics.rounding import RoundingAccumulator
 from mergeready.metrics.router import prototype, routed_layers
 from mergeready.metrics.stream import Chunk
@@ -81,7 +82,7 @@ def take_fingerprint(
     }
     layers = routed_layers(base.source, changed) if router else {}
     return Fingerprint(
-        label=label or vector.label.rstrip("/").rpartition("/")[2],
+        label=label or own_name(vector.label),
         base=vector.base,
         shapes={name: vector.infos[name].shape for name in changed},
         norms={name: math.sqrt(squares[name]) for name in changed},

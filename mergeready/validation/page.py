@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from mergeready.metrics.labels import own_name
 from mergeready.training.history import History
 from mergeready.validation.check import LEVELS, Status
 from mergeready.validation.pictures import figures, to_svg
@@ -49,7 +50,7 @@ def _content(report: Report, history: History | None) -> dict[str, Any]:
     drawn = figures(history, report.pairs).items()
     counts = {status: sum(v.status == status for v in report.verdicts) for status in _SIGNS}
     return {
-        "name": report.expert.rstrip("/").rpartition("/")[2],
+        "name": own_name(report.expert),
         "headline": report.headline,
         "ready": report.is_merge_ready,
         "counts": counts,

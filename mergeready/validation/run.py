@@ -102,9 +102,7 @@ def run_check(chosen: Check, subject: Subject, limits: Limits) -> Verdict:
 
 def _printable(text: str) -> str:
     """Names in files of others may hold control characters, which could rewrite verdicts on a terminal."""
-    return "".join(
-        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
-    )
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def _each_reason_once(verdicts: Sequence[Verdict]) -> list[Verdict]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,15 @@ def test_the_name_is_the_folders_unless_given(
         "a.fingerprint.safetensors",
     )
     assert Fingerprint.load(tmp_path / "a.fingerprint.safetensors").label == "org/law"
+
+
+def test_the_folder_one_is_in_has_a_name_too(
+    here: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shutil.copytree(here / "law", tmp_path / "law")
+    monkeypatch.chdir(tmp_path / "law")
+    succeed("fingerprint", ".", "--base", here / "base")
+    assert Fingerprint.load("law.fingerprint.safetensors").label == "law"
 
 
 def test_a_fingerprint_of_another_base_is_refused(here: Path, tmp_path: Path) -> None:

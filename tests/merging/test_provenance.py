@@ -135,6 +135,8 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "x",
         "gpt2",
     ]
+    monkeypatch.chdir(tmp_path / "models")
+    assert (public_name("."), public_name("base/..")) == ("models", "models")
     assert public({"a": ["/x/y.safetensors", 1, "ties"], "b": Path("/p/q")}) == {
         "a": ["y.safetensors", 1, "ties"],
         "b": "q",

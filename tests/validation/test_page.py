@@ -112,6 +112,12 @@ def test_texts_are_escaped(tmp_path: Path) -> None:
     assert "&lt;script&gt;" in text
 
 
+def test_the_folder_one_is_in_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = write_page("x.html", Report(expert=".", level="file", verdicts=[])).read_text(encoding="utf-8")
+    assert f"<h1>{tmp_path.name}</h1>" in text
+
+
 def test_a_report_without_run_or_peers_has_no_figures(world: Path, tmp_path: Path) -> None:
     path = write_page(tmp_path / "x.html", validate(world / "task-0", world / "base", level="base"))
     text = path.read_text(encoding="utf-8")

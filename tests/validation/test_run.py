@@ -202,7 +202,9 @@ class TestWhatIsWrong:
         verdicts = {v.id: v for v in validate(law, base, level="base").verdicts}
         assert "\\x1b[2Jx is not a name of this format" in verdicts["F002"].message
         assert "\\ud800" in verdicts["B101"].message
-        assert all(c.isprintable() or c == "\n" for v in verdicts.values() for c in v.message + "".join(v.where))
+        assert all(
+            c.isprintable() or c == "\n" for v in verdicts.values() for c in v.message + "".join(v.where)
+        )
 
     def test_untrained(self, base: Path, tmp_path: Path) -> None:
         law = write_adapter(tmp_path / "law")
