@@ -68,6 +68,8 @@ def _resample_means(seed: int, *columns: NDArray[np.float64]) -> NDArray[np.floa
 
 
 def _with_interval(value: float, draws: NDArray[np.float64], n: int | None) -> Estimate:
+    if n == 1:  # every draw is the same example, which says nothing of how others would come out
+        return Estimate(value=value, n=n)
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(draws, [tail, 1 - tail])
     return Estimate(value=value, n=n, low=float(low), high=float(high))

@@ -171,3 +171,11 @@ def test_global_random_states_are_not_touched() -> None:
     difference(scores[0], scores[1])
     retention(*scores)
     assert [np.random.get_state()[1].tolist(), random.getstate(), torch.get_rng_state().tolist()] == states
+
+
+def test_one_example_has_no_interval() -> None:
+    """A mean that an evaluation wraps into an array looks like one: it was certain to the last digit."""
+    one, two, zero = score([0.5]), score([0.75]), score([0.0])
+    assert estimate(one) == Estimate(value=0.5, n=1)
+    assert difference(two, one) == Estimate(value=0.25, n=1)
+    assert retention(one, zero, two) == Estimate(value=2 / 3, n=1)
