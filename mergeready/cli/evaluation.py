@@ -41,12 +41,12 @@ def choose_evaluation(
         return _by_pipeline(expert, base, data, pipeline)
     if target is None:
         return None
+    if base is None:
+        raise OptionError("an evaluation lacks --base.")
     if not harness:
         from mergeready.validation.evaluation import load_evaluation
 
         return load_evaluation(target, base)
-    if base is None:
-        raise OptionError("an evaluation by lm-eval lacks --base.")
     from mergeready.transformers.lm_eval_tasks import lm_eval_tasks
 
     names = [name.strip() for name in target.removeprefix(LM_EVAL).split(",") if name.strip()]

@@ -92,6 +92,8 @@ def validate(
     try:
         is_page = output is not None and output.suffix == ".html"
         _require_used(output, history, push, private=private, is_page=is_page)
+        if peers and base is None:
+            raise OptionError("--peers are compared on the base: --base is missing.")
         run = None if history is None else read_history(history)
         if card and not Path(expert).is_dir():
             raise OptionError(

@@ -85,6 +85,8 @@ def test_fixes_are_shown(law: Path, tmp_path: Path) -> None:
         (["--history", "history.jsonl", "-o", "report.json"], "--history draws curves on a page"),
         (["--private"], "--private is about the repository of --push"),
         (["--card"], "org/law is none"),
+        (["--peers", "org/code"], "--base is missing"),
+        (["--eval", "my_task:evaluation"], "an evaluation lacks --base"),
     ],
 )
 def test_what_would_have_no_effect_is_refused_before_anything_is_checked(
