@@ -17,6 +17,7 @@ from mergeready.weights.safetensors_file import SafetensorsFile
 
 _FIELDS = ("base_model", "license")
 _TEXTS = ("*.json", "*.md", "*.yaml", "*.yml", "*.txt")
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _LISTS = re.compile(r"tokenizer\.json|(vocab|merges).*|.*\.index\.json")
 """Files that list tokens or tensors: long, and nothing that a person wrote."""
 _LARGEST_TEXT = 2_000_000
@@ -69,6 +70,11 @@ def names_base_and_licence(subject: Subject, limits: Limits) -> Result:
     odd = [name for name in _FIELDS if not _is_text(fields[name])]
     if odd:
         return failed(f"{listing(odd)} in README.md must be a name or names", where=tuple(odd))
+    bases = fields["base_model"]
+    if not all(_HUB_NAME.fullmatch(name) for name in ([bases] if isinstance(bases, str) else bases)):
+        return failed(
+            "base_model in README.md is no hub id, such as a path of this machine", where=("base_model",)
+        )
     return passed(f"base_model {fields['base_model']}, license {fields['license']}")
 
 

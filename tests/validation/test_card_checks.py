@@ -62,3 +62,18 @@ def test_what_is_too_large_or_damaged_is_not_called_clean(law: Path) -> None:
 def test_paths_of_notebooks_and_clusters(law: Path, path: str) -> None:
     (law / "notes.txt").write_text(f"trained from {path}")
     assert verdict(law, "F007").where == ("a local path in notes.txt",)
+
+
+@pytest.mark.parametrize(
+    "name", ["/opt/models/llama", "../base", "./base", "C:\\models\\base", "https://x.example/b"]
+)
+def test_a_path_names_no_base(law: Path, name: str) -> None:
+    """PEFT writes the path that a model was loaded from."""
+    (law / "README.md").write_text(CARD.replace("org/base", name), encoding="utf-8")
+    assert verdict(law, "P501").where == ("base_model",)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "org/base-1.5_x", "[org/base, org/other]"])
+def test_hub_ids_name_a_base(law: Path, name: str) -> None:
+    (law / "README.md").write_text(CARD.replace("org/base", name), encoding="utf-8")
+    assert verdict(law, "P501").status == "passed"
