@@ -10,7 +10,7 @@ from transformers import AutoModelForImageClassification
 from mergeready.errors import OptionError
 from mergeready.recipes.classes import CLASS, Classes, load_classes
 from mergeready.recipes.classifier import load_classifier, prepare_classifier
-from mergeready.recipes.load_model import find_model, load_image_processor, with_trained
+from mergeready.recipes.load_model import find_model, load_image_processor, loading, with_trained
 from mergeready.recipes.prepared import Prepared
 from mergeready.recipes.recipe import Recipe
 from mergeready.recipes.tasks import ImageClassification
@@ -47,5 +47,6 @@ def _model(recipe: Recipe, task: ImageClassification, classes: Classes, found: A
     names = task.class_names or list(classes.plain)
     if len(names) != len(classes.names):
         raise OptionError(f"`task.class_names` has {len(names)} names for {len(classes.names)} classes.")
-    model = zero_shot_classifier(found, recipe, [task.prompt.format(name) for name in names])
+    with loading("model", found):
+        model = zero_shot_classifier(found, recipe, [task.prompt.format(name) for name in names])
     return with_trained(recipe, model)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,21 @@ def base_of(found: str | nn.Module, revision: str | None) -> str | Base | None:
     return found if revision is None else Base.open(found, revision=revision)
 
 
+@contextmanager
+def loading(key: str, place: str) -> Iterator[None]:
+    """What transformers says of a place where there is nothing to load, with the setting that names it.
+
+    Raises:
+        OptionError: If there is nothing.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise OptionError(
+            f"`{key}` names {place}, which cannot be loaded from a folder or the hub: {error}"
+        ) from error
+
+
 def load_model(
     recipe: Recipe, found: str | nn.Module, auto: Any, **options: Any
 ) -> tuple[nn.Module, list[str]]:
@@ -57,14 +73,18 @@ def load_model(
     Returns:
         The model, and names of its modules that are new, such as a head: all that it has and what it was loaded from
         has not. Of a model that a function made, what PEFT takes for a head.
+
+    Raises:
+        OptionError: If there is no such model.
     """
     set_seed(recipe.optimisation.seed)
     dtype = getattr(torch, recipe.model.dtype)
     if isinstance(found, nn.Module):
         return found.to(dtype), [name for name in _HEADS if hasattr(found, name)]
-    model, report = auto.from_pretrained(
-        found, revision=recipe.model.revision, dtype=dtype, output_loading_info=True, **options
-    )
+    with loading("model", found):
+        model, report = auto.from_pretrained(
+            found, revision=recipe.model.revision, dtype=dtype, output_loading_info=True, **options
+        )
     new = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
     return model, _whole_modules(model, new)
 
@@ -85,9 +105,11 @@ def load_tokenizer(recipe: Recipe, found: str | nn.Module) -> Any:
     """The tokenizer, with a token to pad with.
 
     Raises:
-        OptionError: If a function made the model and nothing says where its tokenizer is.
+        OptionError: If there is none, or a function made the model and nothing says where its tokenizer is.
     """
-    tokenizer = AutoTokenizer.from_pretrained(_processor(recipe, found), revision=_revision(recipe))
+    place = _processor(recipe, found)
+    with loading(_key(recipe), place):
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=_revision(recipe))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -99,7 +121,9 @@ def load_image_processor(recipe: Recipe, found: str | nn.Module) -> Any:
     Raises:
         OptionError: As :func:`load_tokenizer`.
     """
-    return AutoImageProcessor.from_pretrained(_processor(recipe, found), revision=_revision(recipe))
+    place = _processor(recipe, found)
+    with loading(_key(recipe), place):
+        return AutoImageProcessor.from_pretrained(place, revision=_revision(recipe))
 
 
 def with_trained(recipe: Recipe, model: nn.Module, new: Sequence[str] = ()) -> nn.Module:
@@ -180,6 +204,10 @@ def _processor(recipe: Recipe, found: str | nn.Module) -> str:
     raise OptionError(
         "`model` is made by a function, so `model.processor` must say where its tokenizer or image processor is."
     )
+
+
+def _key(recipe: Recipe) -> str:
+    return "model" if recipe.model.processor is None else "model.processor"
 
 
 def _revision(recipe: Recipe) -> str | None:

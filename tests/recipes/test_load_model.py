@@ -172,3 +172,26 @@ def test_the_base_is_the_revision_that_training_starts_from(
     assert base_of(torch.nn.Linear(1, 1), None) is None
     with pytest.raises(OptionError, match="`revision` belongs to hub ids"):
         base_of(str(tmp_path / "main"), "v1")
+
+
+@pytest.mark.parametrize(
+    ("task", "loaded"),
+    [
+        ({"kind": "text-classification"}, "text"),
+        ({"kind": "image-classification"}, "vit"),
+        ({"kind": "image-classification", "head": "zero-shot"}, "clip"),
+    ],
+    ids=["text", "image", "zero-shot"],
+)
+@pytest.mark.parametrize("broken", ["model", "model.processor"])
+def test_a_place_without_a_model_is_named(tmp_path: Path, task: Any, loaded: str, broken: str) -> None:
+    (tmp_path / "nothing").mkdir()
+    good, bad = f"mergeready.recipes.tiny:{loaded}", str(tmp_path / "nothing")
+    model = {"name": bad, "processor": good} if broken == "model" else {"name": good, "processor": bad}
+    given = content(tmp_path, model=model, task=task)
+    if loaded != "text":
+        given["data"] = {"name": "mergeready.demo.samples:letters", "with": {"count": 8}}
+    with pytest.raises(
+        OptionError, match=f"`{re.escape(broken)}` names {re.escape(bad)}, which cannot be loaded"
+    ):
+        prepare(parse_recipe(given))
