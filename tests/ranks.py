@@ -34,9 +34,7 @@ CONTEXT.set_forkserver_preload(
 )
 
 
-def run_ranks(
-    function: Callable[..., Any], size: int, *args: Any, group_timeout: float = 60, sharing: bool = False
-) -> list[Any]:
+def run_ranks(function: Callable[..., Any], size: int, *args: Any, sharing: bool = False) -> list[Any]:
     """Call a function of a module on every rank; its results, in order. Whatever a rank raises fails the test.
 
     As in other tests, no reports on picks are written, unless `sharing`.
@@ -46,7 +44,7 @@ def run_ranks(
         processes = [
             CONTEXT.Process(
                 target=_rank,
-                args=(function, rank, size, f"{folder}/store", group_timeout, sharing, args, results),
+                args=(function, rank, size, f"{folder}/store", sharing, args, results),
             )
             for rank in range(size)
         ]
@@ -86,7 +84,6 @@ def _rank(
     rank: int,
     size: int,
     store: str,
-    timeout: float,
     sharing: bool,
     args: Any,
     results: Any,
@@ -97,7 +94,7 @@ def _rank(
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     try:
         dist.init_process_group(
-            "gloo", f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
+            "gloo", f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
         )
         outcome = True, function(*args)
     except Exception:  # noqa: BLE001 - told to the test
