@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("peft")
 
+from tests.fuzz import campaign
 from tests.fuzz.campaign import Outcomes, attack
 from tests.fuzz.mutations import mutate
 from tests.fuzz.targets import Target, make_targets
@@ -48,6 +50,23 @@ def test_findings_are_seen(tmp_path: Path) -> None:
         attack(Target("naive", file, lambda: json.loads(file.read_text())["a"][2]), seed, outcomes)
     assert outcomes.findings
     assert file.read_text() == '{"a": [1, 2, 3]}'
+
+
+def test_slowness_is_a_reader_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading is slow where it computes for long, and not where the machine stalls."""
+    monkeypatch.setattr(campaign, "SLOW_SECONDS", 0.1)
+    file = tmp_path / "file"
+    file.write_text("text")
+
+    def compute() -> None:
+        began = time.process_time()
+        while time.process_time() - began < 0.11:
+            pass
+
+    for read, findings in ((lambda: time.sleep(0.2), {}), (compute, {"slow": "seed 0"})):
+        outcomes = Outcomes()
+        attack(Target("slow", file, read), 0, outcomes)
+        assert outcomes.findings == findings
 
 
 def test_mutations_depend_on_their_seed_alone() -> None:

@@ -43,7 +43,7 @@ def test_all_jobs_run_once_within_the_bounds(needs: list[int], threads: int, mem
 
 
 def test_two_run_at_a_time() -> None:
-    both = threading.Barrier(2, timeout=5)
+    both = threading.Barrier(2, timeout=60)
     run_bounded([(1, both.wait), (1, both.wait)], threads=2)
 
 
