@@ -29,18 +29,16 @@ def run(target: Callable[..., Any], *arguments: Any) -> int | None:
     return process.exitcode
 
 
-def start_ranks(count: int, target: Callable[..., Any], *arguments: Any) -> list[BaseProcess]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return [start(_as_rank, rank, count, port, target, arguments) for rank in range(count)]
-
-
 def run_ranks(count: int, target: Callable[..., Any], *arguments: Any) -> list[int | None]:
     """Exit codes of processes that torchrun would have started."""
-    processes = start_ranks(count, target, *arguments)
-    for process in processes:
-        process.join(60)
+    with socket.socket() as held:
+        # Bound and not listening, it leaves its port to the rank that asks for it by number, and to nobody else.
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+        processes = [start(_as_rank, rank, count, port, target, arguments) for rank in range(count)]
+        for process in processes:
+            process.join(60)
     return [process.exitcode for process in processes]
 
 
