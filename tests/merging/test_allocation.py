@@ -21,6 +21,7 @@ STEPS, BLOCKS, BLOCK_BYTES = 10, 8, 7 * 2**20
 LOOP = f"""
 import ctypes, importlib.util, resource, sys, types
 libc = ctypes.CDLL(None)
+assert libc.prctl(41, 1, 0, 0, 0) == 0  # PR_SET_THP_DISABLE: where pages are huge, a block is met by few faults
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 libc.free.argtypes = [ctypes.c_void_p]
 freed = []
