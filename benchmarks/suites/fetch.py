@@ -14,6 +14,7 @@ import shutil
 import stat
 import tarfile
 import tempfile
+import time
 import urllib.error
 import urllib.request
 import zipfile
@@ -25,6 +26,7 @@ Kind = Literal["pypi", "npm", "deb"]
 
 _CHUNK_BYTES = 1 << 20
 _TIMEOUT_SECONDS = 60
+_TRIES, _PAUSE_SECONDS = 3, 5.0
 
 
 class FetchError(RuntimeError):
@@ -95,9 +97,15 @@ def fetch(kind: Kind, name: str, version: str) -> Path:
 def _archive(pin: Pin) -> Path:
     """Path of the verified archive in the cache; a file that was put there by hand is verified as well."""
     path = cache_folder() / "archives" / pin.filename
-    if not path.exists():
+    downloaded = not path.exists()
+    if downloaded:
         _download(pin, path)
-    verify(path, pin.sha256)
+    try:
+        verify(path, pin.sha256)
+    except FetchError:
+        if downloaded:  # cut short, perhaps, which the next call shall not find
+            path.unlink()
+        raise
     return path
 
 
@@ -105,15 +113,22 @@ def _download(pin: Pin, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{pin.filename}.", delete=False) as file:
         partial = Path(file.name)
-        try:
-            with urllib.request.urlopen(pin.url, timeout=_TIMEOUT_SECONDS) as response:
-                shutil.copyfileobj(response, file, _CHUNK_BYTES)
-        except (urllib.error.URLError, OSError) as error:
-            partial.unlink()
-            raise FetchError(
-                f"cannot download {pin.name} {pin.version} from {pin.url}: {error}. "
-                f"Check the network or proxy, or put the file at {path} by hand"
-            ) from error
+        for tries_left in reversed(range(_TRIES)):
+            try:
+                file.truncate(0)
+                file.seek(0)
+                with urllib.request.urlopen(pin.url, timeout=_TIMEOUT_SECONDS) as response:
+                    shutil.copyfileobj(response, file, _CHUNK_BYTES)
+                break
+            except (urllib.error.URLError, OSError) as error:
+                if tries_left:
+                    time.sleep(_PAUSE_SECONDS)
+                    continue
+                partial.unlink()
+                raise FetchError(
+                    f"cannot download {pin.name} {pin.version} from {pin.url}: {error}. "
+                    f"Check the network or proxy, or put the file at {path} by hand"
+                ) from error
     partial.replace(path)
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import pickle
 import tarfile
+import urllib.error
 import zipfile
 from pathlib import Path
 
@@ -146,9 +147,28 @@ def test_fetch_refuses_other_bytes(registry: Path, tmp_path: Path) -> None:
     with pytest.raises(FetchError, match=r"toy-1.0.tgz has sha256 .*, expected 0000.*delete the file"):
         fetch("npm", "toy", "2.0")
     assert not (tmp_path / "cache/npm").exists()
+    assert not (tmp_path / "cache/archives/toy-1.0.tgz").exists()
 
 
-def test_fetch_says_where_to_put_a_file_that_cannot_be_downloaded(registry: Path, tmp_path: Path) -> None:
+def test_fetch_tries_again(registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = fetching.urllib.request.urlopen, []
+
+    def failing(*arguments: object, **options: object) -> object:
+        calls.append(arguments)
+        if len(calls) < 3:
+            raise urllib.error.URLError("reset by peer")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(fetching.urllib.request, "urlopen", failing)
+    monkeypatch.setattr(fetching, "_PAUSE_SECONDS", 0)
+    assert (fetch("npm", "toy", "1.0") / "package/data.txt").read_bytes() == b"42"
+    assert len(calls) == 3
+
+
+def test_fetch_says_where_to_put_a_file_that_cannot_be_downloaded(
+    registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "_PAUSE_SECONDS", 0)
     with pytest.raises(FetchError, match=r"cannot download toy 3.0 .*put the file at .*archives/nowhere.tgz"):
         fetch("npm", "toy", "3.0")
     assert not list((tmp_path / "cache/archives").iterdir()), "a partial download was left"
