@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
@@ -16,6 +15,7 @@ from mergeready.validation import Report, validate
 from mergeready.validation.check import Verdict
 from mergeready.validation.page import write_page
 from mergeready.validation.pictures import figures, save_pngs
+from tests.browser import needs_chromium, screenshot
 from tests.training import small
 from tests.validation.test_behaviour_checks import evaluation, world
 
@@ -135,28 +135,19 @@ def test_pictures_for_the_card(made: tuple[Path, Report, History], tmp_path: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the chromium browser")
+@needs_chromium
 @pytest.mark.parametrize("width", [1100, 390])
 def test_a_browser_opens_it_without_complaint(
     made: tuple[Path, Report, History], tmp_path: Path, width: int
 ) -> None:
-    done = subprocess.run(
-        [
-            "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
-            "--disable-background-networking", "--disable-component-update", "--enable-logging=stderr",
-            f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},1200",
-            f"--screenshot={tmp_path / 'page.png'}", made[0].as_uri(),
-        ],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    assert "CONSOLE" not in done.stderr
+    assert screenshot(made[0], tmp_path / "page.png", width=width) == ""
     with Image.open(tmp_path / "page.png") as image:
         assert image.size[0] == width
         assert len(image.convert("RGB").getcolors(maxcolors=2**24) or []) > 50
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the chromium browser")
+@needs_chromium
 def test_paper_shows_what_is_closed_on_the_screen(tmp_path: Path) -> None:
     verdict = Verdict(
         id="X1", level="file", severity="error", title="it is", status="passed", message="word " * 4000
