@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -17,6 +18,7 @@ from mergeready.weights.atomic import is_partial, new_file
 from mergeready.weights.ranks import is_first_process
 
 RECIPE_NAME = "recipe.yaml"
+DATA_NAME = "data.sha256.json"
 STATE_NAME = "trainer_state.json"
 
 
@@ -24,24 +26,26 @@ def claim(recipe: Recipe) -> Path:
     """Make the run's folder, or find it again.
 
     Returns:
-        The folder; it holds the recipe as it is run.
+        The folder; it holds the recipe as it is run, and checksums of the files that its data are read from.
 
     Raises:
-        OutputExistsError: If it holds a run of another recipe, or something else.
+        OutputExistsError: If it holds a run of another recipe or of files that changed since, or something else.
     """
     folder = Path(recipe.output)
     written = folder / RECIPE_NAME
-    content = _content(recipe)
+    content, sums = _content(recipe), _checksums(recipe)
     # Listed first: the other processes of a job claim the same folder in the same moment, and whatever they make there
     # later comes after the recipe.
     others = _others(folder)
     if written.is_file():
         changed = _differences(read_document(written).content, content)
+        known = _known_checksums(folder)
+        changed += [f"the file {name}" for name, value in sums.items() if known.get(name, value) != value]
         if not changed:
             return folder
         if others:
             raise OutputExistsError(
-                f"{folder} holds a run of another recipe: {listing(changed)} changed. Say where this one goes with "
+                f"{folder} holds another run: {listing(changed)} changed. Say where this one goes with "
                 f"`--set output=...`, or delete {folder}."
             )
         # Otherwise that recipe was refused before it made anything: here is the corrected one.
@@ -53,6 +57,9 @@ def claim(recipe: Recipe) -> Path:
             temporary.write_text(
                 yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8"
             )
+        if sums:
+            with new_file(folder / DATA_NAME) as temporary:
+                temporary.write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
     return folder
 
 
@@ -93,9 +100,37 @@ def _others(folder: Path) -> list[Path]:
     """What a folder holds beside a recipe, whole or half written."""
     if not folder.is_dir():
         return []
+    own = (RECIPE_NAME, DATA_NAME)
     return [
-        path for path in folder.iterdir() if path.name != RECIPE_NAME and not is_partial(path, RECIPE_NAME)
+        path
+        for path in folder.iterdir()
+        if path.name not in own and not any(is_partial(path, name) for name in own)
     ]
+
+
+def _checksums(recipe: Recipe) -> dict[str, str]:
+    """SHA-256 of each single file that the data are read from."""
+    places: list[str] = []
+    for part in (recipe.data.join or {"": recipe.data}).values():
+        named = [] if part.name is None else [part.name]
+        for paths in (part.files or {}).values():
+            named += [paths] if isinstance(paths, str) else paths
+        places += named
+    found = {}
+    for place in places:
+        if Path(place).is_file():
+            with Path(place).open("rb") as file:
+                found[place] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def _known_checksums(folder: Path) -> dict[str, str]:
+    """Those that were written when the run began; none where nothing can be read."""
+    try:
+        found: Any = json.loads((folder / DATA_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _content(recipe: Recipe) -> dict[str, Any]:
