@@ -44,6 +44,12 @@ def prepare_causal_lm(recipe: Recipe, task: CausalLM) -> Prepared:
     given = {split: data.select_columns(columns) for split, data in raw.items()}
     found = find_model(recipe)
     tokenizer = load_tokenizer(recipe, found)
+    first = given["train"][0] if len(given["train"]) else {}
+    if trl.is_conversational(first) and tokenizer.chat_template is None:
+        raise OptionError(
+            "`data` holds chats, and the tokenizer of `model` has no template that makes texts of them: take a model "
+            "that was made for chats, or name a tokenizer with `model.processor`."
+        )
     model, _ = load_model(recipe, found, AutoModelForCausalLM)
     arguments = trl.SFTConfig(
         **{"gradient_checkpointing": False, **training_arguments(recipe)},

@@ -71,7 +71,13 @@ _SIZES: dict[str, Any] = {
 }
 _CHARACTERS = string.ascii_letters + string.digits + string.punctuation + " \n"
 _WORDS = len(_CHARACTERS) + 4
-_VERSION = 2
+_CHAT = """{% for message in messages %}{{ message['role'] }}: \
+{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}</s>{% endgeneration %}\
+{% else %}{{ message['content'] }}
+{% endif %}{% endfor %}\
+{% if add_generation_prompt %}assistant: {% endif %}"""
+"""Chats as lines; what assistants say is marked, so that it can be learned alone."""
+_VERSION = 3
 
 
 def _made(name: str, build: Any, processor: Any = None) -> Path:
@@ -124,4 +130,5 @@ def _tokenizer() -> Any:
         bos_token=start,
         unk_token=unknown,
         model_max_length=160,
+        chat_template=_CHAT,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
 
 from mergeready.errors import OptionError
-from mergeready.recipes import parse_recipe
+from mergeready.recipes import parse_recipe, read_recipe
 from mergeready.recipes.causal_lm import padded
 from mergeready.recipes.run import prepare, run_recipe
 from mergeready.recipes.sources import EvaluationSettings
@@ -19,6 +20,7 @@ from mergeready.recipes.tiny import llama
 
 pytest.importorskip("trl", reason="the trl extra brings it")
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 TEMPLATE = "{% for m in messages %}{{ m['role'][0] }}{{ m['content'] }}{% endfor %}"
 
 
@@ -54,6 +56,30 @@ def test_a_column_beside_messages_does_not_mislead(tmp_path: Path) -> None:
     text = tokenizer.decode(prepared.trainer.train_dataset[1]["input_ids"]).replace(" ", "")
     assert "uq1aanswer1" in text
     assert prepared.trainer.eval_dataset["validation"].num_rows == 2
+
+
+def test_chats_need_a_template(tmp_path: Path) -> None:
+    data = DatasetDict(train=rows(4), validation=rows(2))
+    given = recipe(tmp_path, data)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "plain")
+    model = given.model.model_copy(update={"processor": str(tmp_path / "plain")})
+    with pytest.raises(OptionError, match="chats, and the tokenizer of `model` has no template"):
+        prepare(given.model_copy(update={"model": model}))
+
+
+def test_a_smoke_run_takes_chats_of_ones_own_and_learns_what_assistants_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows(4).to_json("my_chats.jsonl")
+    changes = ["data=my_chats.jsonl", "task.assistant_only=true", "output=run"]
+    given = read_recipe(RECIPES / "hub/llama_8b_lora_fsdp2.yaml", changes, quick=True)
+    prepared = prepare(given)
+    row = prepared.trainer.train_dataset[0]
+    spoken = [token for token in row["labels"] if token != -100]
+    assert re.fullmatch(r"answer\d</s>", prepared.processor.decode(spoken).replace(" ", ""))
 
 
 def test_columns_that_hold_nothing_to_learn_are_named(tmp_path: Path) -> None:
