@@ -38,7 +38,8 @@ def search_scale(
     """Find the best scale, widening the grid by its own ratio until the optimum lies inside.
 
     A grid that ends too early reverses conclusions, because short task vectors want large scales. For the same reason
-    a plateau is followed to its end. Among equal values the middle scale is taken; NaN is the worst value.
+    a plateau is followed to its end. Among equal values the middle scale is taken; values that are not finite, as where
+    a model overflows, are the worst.
 
     Args:
         evaluate: The metric of the model merged at a scale.
@@ -83,8 +84,8 @@ def check_scales(scales: Sequence[float]) -> list[float]:
 
 
 def _best(values: Mapping[float, float], sign: float) -> list[float]:
-    """The scales with the best value, rising; NaN is worse than any number."""
-    known = {scale: sign * value for scale, value in values.items() if not math.isnan(value)}
+    """The scales with the best value, rising; what is not finite is worse than any number."""
+    known = {scale: sign * value for scale, value in values.items() if math.isfinite(value)}
     top = max(known.values(), default=math.nan)
     return sorted(scale for scale, value in known.items() if value == top) or sorted(values)
 

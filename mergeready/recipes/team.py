@@ -126,7 +126,9 @@ def _merged(team: TeamSettings, runs: dict[str, Run], results: dict[str, RunResu
                 for name, place in places.items():
                     place.set_scale(scale)
                     evaluate = runs[name].prepared.evaluations[part]
-                    found[name] = run_evaluation(evaluate, place.live.model, metric, name).value
+                    # Where a model overflows, the search has to go on.
+                    score = run_evaluation(evaluate, place.live.model, metric, name, finite=False)
+                    found[name] = score.value
                 return found
 
             def mean_at(scale: float) -> float:

@@ -121,6 +121,17 @@ def test_a_rise_behind_a_plateau_is_found() -> None:
 
 
 @pytest.mark.parametrize("greater", [True, False])
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_infinite_values_are_worse_than_any(greater: bool, value: float) -> None:
+    found = search_scale(
+        lambda scale: value if scale > 2 else -scale if not greater else scale,
+        [0.5, 1.0, 2.0],
+        greater_is_better=greater,
+    )
+    assert (found.best, found.inside) == (2.0, True)
+
+
+@pytest.mark.parametrize("greater", [True, False])
 @pytest.mark.parametrize("broken", list(itertools.combinations([0.5, 1.0, 2.0], 2)))
 def test_nan_is_the_worst_value(greater: bool, broken: tuple[float, ...]) -> None:
     found = search_scale(

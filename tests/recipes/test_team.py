@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers import BertModel
 
 from mergeready import read_history
 from mergeready.errors import OptionError
-from mergeready.recipes import parse_recipe, tiny
+from mergeready.recipes import parse_recipe, team, tiny
 from mergeready.recipes.team import run_team
 from tests.models import perturb
 
@@ -74,3 +75,20 @@ def test_what_counts_and_in_which_direction_holds_to_the_end(tmp_path: Path) -> 
     assert result.metric == "distance"
     assert result.merged["average"]["mean"] < result.scores["mean"]
     assert result.scales["average"] < 1
+
+
+def test_a_merge_that_overflows_at_some_scale_ends_no_team(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything is trained by then."""
+    real, calls = team.run_evaluation, []
+
+    def overflows(evaluate: Any, model: Any, metric: str, name: str, **options: Any) -> Any:
+        calls.append(name)
+        broken = 8 < len(calls) <= 10  # after two members at the base and three scales
+        return real(lambda m: {metric: math.nan} if broken else evaluate(m), model, metric, name, **options)
+
+    monkeypatch.setattr(team, "run_evaluation", overflows)
+    result = team.run_team(parse_recipe(content(tmp_path)))
+    assert len(calls) > 10
+    assert all(math.isfinite(value) for value in result.merged["average"].values())
