@@ -57,12 +57,9 @@ def names_base_and_licence(subject: Subject, limits: Limits) -> Result:
     """The hub links experts to bases by these fields."""
     if "\N{REPLACEMENT CHARACTER}" in subject.card:
         return failed("README.md is not UTF-8")
-    try:
-        fields = split_card(subject.card)[0]
-    except FormatError as error:
-        return failed(str(error))
+    fields = card_fields(subject.card)
     if not fields:
-        return failed("README.md has no metadata at its top")
+        return failed(_why_no_fields(subject.card))
     missing = [name for name in _FIELDS if not fields.get(name)]
     if missing:
         return failed(f"{listing(missing)} missing in README.md", where=tuple(missing))
@@ -105,6 +102,14 @@ def card_fields(text: str) -> Mapping[str, Any]:
         return split_card(text)[0]
     except FormatError:
         return {}
+
+
+def _why_no_fields(text: str) -> str:
+    try:
+        split_card(text)
+    except FormatError as error:
+        return str(error)
+    return "README.md has no metadata at its top"
 
 
 def _is_text(value: Any) -> bool:
