@@ -57,7 +57,7 @@ def validate(
 
     Raises:
         FormatError: If there is nothing to validate, or the thresholds cannot be read.
-        OptionError: If the level or a threshold is unknown.
+        OptionError: If the level or a threshold is unknown, or the expert is one of its own peers.
     """
     if level not in LEVELS:
         raise OptionError(f"`level` must be one of {', '.join(LEVELS)}, not {level!r}.")

@@ -7,7 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
-from mergeready.errors import FormatError, MergeReadyError, NonFiniteError, NotTrainedError
+from mergeready.errors import (
+    FormatError,
+    MergeReadyError,
+    NonFiniteError,
+    NotTrainedError,
+    OptionError,
+    listing,
+)
 from mergeready.experts.adapter_folder import (
     AdapterConfig,
     AdapterFormat,
@@ -72,6 +79,11 @@ class once(Generic[T]):  # noqa: N801 - used like a property
         return result
 
 
+def _is_same(peer: str | Path, folder: Path) -> bool:
+    path = Path(peer).expanduser()
+    return path.exists() and path.samefile(folder)
+
+
 class Subject:
     """An expert under validation.
 
@@ -84,6 +96,7 @@ class Subject:
 
     Raises:
         FormatError: If there is nothing to validate.
+        OptionError: If it is one of its own peers, beside which it would keep more than beside others.
     """
 
     def __init__(
@@ -101,6 +114,9 @@ class Subject:
         self.is_local = Path(expert).expanduser().exists()
         if not self.folder.is_dir():
             raise FormatError(f"{expert} is a file. Name the folder of the expert.")
+        itself = [str(peer) for peer in peers if isinstance(peer, str | Path) and _is_same(peer, self.folder)]
+        if itself:
+            raise OptionError(f"{listing(itself)} is the expert itself. Leave it out of its peers.")
         self.given_base, self.given_peers = base, list(peers)
         self._evaluation = evaluation
         self.tuned: dict[str, TunedScale] = {}

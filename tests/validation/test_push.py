@@ -29,12 +29,13 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
 @pytest.fixture
 def law(tmp_path: Path) -> Path:
     write_base(tmp_path / "base")
+    write_full(tmp_path / "code", seed=2)
     return write_full(tmp_path / "law")
 
 
 def push(law: Path, **options: object) -> str:
     base = law.parent / "base"
-    report = validate(law, base, peers=[law.parent / "law"], level="composition")
+    report = validate(law, base, peers=[law.parent / "code"], level="composition")
     made = fingerprint_of(law, base)
     return push_report(law, "me/law", report, made, base=base, token=TOKEN, **options)
 

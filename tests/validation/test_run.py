@@ -164,6 +164,15 @@ def test_an_expert_of_the_hub_is_called_by_its_id(
     assert pairs.labels == ["org/law", "code"]
 
 
+def test_an_expert_is_no_peer_of_its_own(base: Path, tmp_path: Path) -> None:
+    """Merged with itself it keeps all that it gained."""
+    law, code = write_full(tmp_path / "law"), write_full(tmp_path / "code", seed=2)
+    (tmp_path / "again").symlink_to(law)
+    for peer in (law, str(law) + "/", tmp_path / "again"):
+        with pytest.raises(OptionError, match="is the expert itself"):
+            validate(law, base, peers=[code, peer])
+
+
 def test_nothing_to_validate(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="does not exist"):
         validate(tmp_path / "nowhere")
