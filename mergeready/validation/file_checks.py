@@ -49,7 +49,9 @@ def readable(subject: Subject, limits: Limits) -> Result:
         described = bool(subject.model_fields) or kind is not None or record is not None
         infos = subject.source.infos
         _ = subject.adapter_config
-    except UnsupportedError:
+    except UnsupportedError as error:
+        if subject.adapter_fields is None:
+            return failed(str(error))
         raise NotCheckedError("F006 failed") from None
     except (MergeReadyError, OSError) as error:
         return failed(str(error))

@@ -19,6 +19,7 @@ from mergeready.experts.adapter_folder import (
     AdapterConfig,
     AdapterFormat,
     adapter_format,
+    explain_missing_weights,
     open_adapter_weights,
     read_adapter_config,
 )
@@ -152,6 +153,8 @@ class Subject:
         """The expert's own tensors, as its files hold them."""
         if self.adapter_kind is not None:
             return open_adapter_weights(self.folder, self.adapter_kind, self.label, allow_pickle=False)
+        if not (self.folder / "config.json").is_file():
+            explain_missing_weights(self.folder, self.label)
         return open_weights(self.folder)
 
     @once

@@ -37,6 +37,15 @@ DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _HEADER_LENGTH = struct.Struct("<Q")
+_POINTER = b"version https://git-lfs.github.com/"
+
+
+def _is_pointer(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_POINTER)) == _POINTER
+    except OSError:
+        return False
 
 
 class SafetensorsFile:
@@ -52,6 +61,10 @@ class SafetensorsFile:
             with safe_open(path, framework="pt") as checked:
                 self.metadata: Mapping[str, str] = checked.metadata() or {}
         except (SafetensorError, OSError, ValueError) as error:
+            if _is_pointer(path):
+                raise FormatError(
+                    f"{path} is a pointer of Git LFS in place of the file. Fetch it with `git lfs pull`."
+                ) from error
             raise FormatError(
                 f"{path} is not a complete safetensors file ({error}). Download or save it again."
             ) from error
