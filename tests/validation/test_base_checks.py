@@ -35,3 +35,11 @@ def test_only_a_commit_pins_a_base(base: Path, tmp_path: Path, revision: str, st
     law = write_adapter(tmp_path / "law")
     edit_json(law / "adapter_config.json", revision=revision)
     assert verdict(law, base, "B107").status == status
+
+
+def test_embeddings_that_a_full_model_stores_are_not_called_changed(base: Path, tmp_path: Path) -> None:
+    """Its verdict stands in the model card of every full expert."""
+    message = verdict(write_full(tmp_path / "law"), base, "B105").message
+    assert message.startswith("embeddings are in the base's places: bert.embeddings")
+    adapted = write_adapter(tmp_path / "code", target_modules=["word_embeddings", "query"])
+    assert verdict(adapted, base, "B105").message.startswith("embeddings are changed: bert.embeddings.word")
