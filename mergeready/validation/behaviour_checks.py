@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -87,7 +88,9 @@ def forgets_little(subject: Subject, limits: Limits) -> Result:
         before = _outputs(subject, merged.live.model).log_softmax(-1)
     with expert_in_place(subject) as merged:
         after = _outputs(subject, merged.live.model).log_softmax(-1)
-    divergence = float((before.exp() * (before - after)).sum(-1).mean())
+    # What the base rules out, with a logit of minus infinity, adds nothing.
+    terms = torch.where(before > -math.inf, before.exp() * (before - after), 0.0)
+    divergence = float(terms.sum(-1).mean())
     message = f"KL(base ‖ expert) is {divergence:.3g} nats on average"
     return compared(
         divergence <= limits["divergence"], message, value=divergence, threshold=limits["divergence"]

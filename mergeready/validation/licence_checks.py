@@ -34,7 +34,7 @@ def licences(subject: Subject, limits: Limits) -> Result:
     """Compares what cards declare. A pair that is not in the table is unknown, and unknown is not passed."""
     own = _declared(subject.folder)
     if own is None:
-        raise NotCheckedError("it declares no licence")
+        raise NotCheckedError("its card declares no licence that is known by name, or several")
     base = subject.base.folder
     theirs = None if base is None else _declared(base)
     peers = [found for peer in subject.given_peers if (found := _peer_licence(peer)) is not None]

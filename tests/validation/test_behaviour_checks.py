@@ -190,6 +190,15 @@ def test_what_neutral_inputs_say(world: Path) -> None:
     assert found.value == pytest.approx(float(exact), rel=1e-4)
 
 
+def test_outputs_that_are_ruled_out_add_nothing(world: Path) -> None:
+    def masked(model: nn.Module) -> torch.Tensor:
+        logits = neutral(model)
+        return torch.cat([logits, torch.full_like(logits[:, :1], -torch.inf)], dim=1)
+
+    exact = verdict(check(world, outputs=neutral), "E303").value
+    assert verdict(check(world, outputs=masked), "E303").value == pytest.approx(exact)
+
+
 def test_an_expert_that_is_good_only_at_full_scale(world: Path) -> None:
     base, own = state_of(Net())["head.weight"], state_of(expert(0, steps=60))["head.weight"]
 
