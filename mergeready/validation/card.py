@@ -58,9 +58,7 @@ def write_card(
     if chosen is not None:
         fields["base_model"] = chosen
     if not known.get("base_model_relation"):
-        fields["base_model_relation"] = (
-            "adapter" if (folder / "adapter_config.json").is_file() else "finetune"
-        )
+        fields["base_model_relation"] = _relation(folder, known)
     if dataset is not None:
         index = _model_index(folder, known, report, dataset)
         if index is not None:
@@ -133,6 +131,14 @@ def _result(dataset: str, kind: str, name: str, verdict: Verdict) -> dict[str, A
         "metrics": [{"type": kind, "name": name, "value": round(float(verdict.value or 0.0), 6)}],
         "source": {"name": "mergeready", "url": "https://pypi.org/project/mergeready/"},
     }
+
+
+def _relation(folder: Path, known: Mapping[str, Any]) -> str:
+    """What the hub would take it for, which goes by the tag of merges that mergekit writes."""
+    if (folder / "adapter_config.json").is_file():
+        return "adapter"
+    tags = known.get("tags")
+    return "merge" if isinstance(tags, list) and "merge" in tags else "finetune"
 
 
 def _declared(folder: Path) -> str | None:

@@ -75,6 +75,13 @@ def test_a_full_model_is_a_finetune_and_names_its_base_when_told(tmp_path: Path)
     assert (fields["base_model"], fields["base_model_relation"]) == ("org/other", "finetune")
 
 
+def test_a_merge_stays_a_merge(tmp_path: Path) -> None:
+    law = write_full(tmp_path / "law")
+    (law / "README.md").write_text("---\nbase_model: [org/a, org/b]\ntags: [mergekit, merge]\n---\n# Both\n")
+    write_card(law, validate(law, level="file"))
+    assert card(law)[0]["base_model_relation"] == "merge"
+
+
 def test_a_local_base_is_never_written(law: Path, tmp_path: Path) -> None:
     (law / "README.md").unlink()
     edit_json(law / "adapter_config.json", base_model_name_or_path=str(tmp_path / "base"))
