@@ -365,7 +365,8 @@ class Monitor:
 
     def _follow(self) -> None:
         """See what trains by now."""
-        if self.live.follow() and self._sampler is not None:
+        self.live.follow()
+        if self._sampler is not None and self._sampler.vector is not self.live.vector:
             self._sampler = self._make_sampler()
 
     def _refine(self) -> None:

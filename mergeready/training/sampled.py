@@ -36,6 +36,9 @@ class Sampler:
         budget: Coordinates of the whole base; each parameter has at least 64.
         last: The last such measurement of the run, for the growth.
 
+    Attributes:
+        vector: The task vector that it is of; a live model that trains more by now has another.
+
     Raises:
         UnsupportedError: If an adapter cannot be read at single places.
     """
@@ -49,7 +52,7 @@ class Sampler:
         budget: int = BUDGET,
         last: SampledRecord | None = None,
     ) -> None:
-        self._last = last
+        self._last, self.vector = last, live.vector
         infos = live.base.source.infos
         total = sum(info.numel for name, info in infos.items() if is_mergeable(name, info))
         budget = min([budget, *(peer.fingerprint.budget for peer in sketched)])

@@ -9,7 +9,14 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mergeready.errors import OptionError, UnsupportedError
-from mergeready.training.batches import Batches, Forward, forward_logits, on_device_of, tensors_of
+from mergeready.training.batches import (
+    Batches,
+    Forward,
+    forward_logits,
+    on_device_of,
+    require_repeatable,
+    tensors_of,
+)
 from mergeready.training.penalties import jacobian_norm
 from mergeready.training.techniques.penalty import Penalty, RunningPenalty
 from mergeready.training.techniques.registry import register
@@ -56,6 +63,8 @@ class JacobianPenalty(Penalty):
     def __post_init__(self) -> None:
         if isinstance(self.inputs, Tensor | Mapping | str) or not len(self.inputs):
             raise OptionError("`inputs` must be a list with batches of each peer, one peer at least.")
+        for batches in self.inputs:
+            require_repeatable(batches)
         super().__post_init__()
 
     def begin(self, run: TechniqueRun) -> Running:

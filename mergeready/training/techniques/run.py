@@ -42,7 +42,7 @@ class TechniqueRun:
 
     @cached_property
     def weights(self) -> dict[str, Trained]:
-        """What trains, by base parameter name.
+        """What trains, or has trained in this run, by base parameter name.
 
         Raises:
             UnsupportedError: For adapters that are not plain LoRA.

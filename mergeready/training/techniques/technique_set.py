@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -30,6 +31,9 @@ class TechniqueSet:
     :meth:`leave` where a framework has events instead of a loop), then clipping, then the optimizer's own step, whose
     hooks do the rest; :meth:`took_step` at its end.
 
+    Where other parameters train than before, as in gradual unfreezing, techniques are bound to the run anew before
+    these move, as a resumed run binds them.
+
     Args:
         techniques: Techniques, names, or names with settings, in the order in which they act.
 
@@ -56,6 +60,8 @@ class TechniqueSet:
         self._inside: ExitStack | None = None
         self._again: list[Callable[[], object]] = []
         self._ended = False
+        self._parameters: list[nn.Parameter] = []
+        self._trains: list[bool] = []
 
     def __bool__(self) -> bool:
         return bool(self.techniques)
@@ -87,14 +93,14 @@ class TechniqueSet:
         if not self.techniques:
             return
         run = make_run()
-        self.run, self.step = run, run.step
+        self.step = run.step
         needing = [t for t in self.techniques if t.touches & NEEDS_OPTIMIZER]
         for technique in needing:
             touched = next(touch for touch in Touch if touch in technique.touches & NEEDS_OPTIMIZER)
             run.require_optimizer(f"{touched.value} ({technique.name})")
-        self._running = {technique.name: technique.begin(run) for technique in self.techniques}
+        self._parameters = list(run.live.model.parameters())
+        self._begin(run)
         _warn_of_narrow_weights(self.techniques, run)
-        self._restore()
         if needing and run.optimizer is not None:
             self._hooks = StepHooks(
                 run.optimizer, self._learning_rate_factor, self._after_update, run.live.model
@@ -115,6 +121,7 @@ class TechniqueSet:
         if not self._running:
             yield
             return
+        self._follow()
         if self.wants_gradient():
             if not last:
                 raise UnsupportedError(
@@ -163,6 +170,7 @@ class TechniqueSet:
             again: Runs forward and backward of this micro-batch. Called where a technique has looked at the gradient of
                 the whole step, which it takes anew elsewhere then.
         """
+        self._follow()
         if self.wants_gradient():
             if not self._again:
                 self._go_into(self.first_pass())
@@ -280,6 +288,25 @@ class TechniqueSet:
         """Continue where an earlier run was; call before :meth:`start`."""
         self._loaded = dict(state), dict(tensors)
 
+    def _begin(self, run: TechniqueRun) -> None:
+        self.run = run
+        self._running = {technique.name: technique.begin(run) for technique in self.techniques}
+        self._trains = self._flags()
+        self._restore()
+
+    def _follow(self) -> None:
+        """See what trains by now. Asked before forward, and before the update where a loop has no ``passes``."""
+        if not self._running or self._flags() == self._trains:
+            return
+        self.load(self.state_dict(), self.tensors())
+        self.run.live.follow()
+        # Never step 0, which would have techniques make at the base what they have made already.
+        self._begin(replace(self.run, step=max(self.step, 1)))
+        self.on_history(self.run.history())
+
+    def _flags(self) -> list[bool]:
+        return [parameter.requires_grad for parameter in self._parameters]
+
     def _restore(self) -> None:
         if self._loaded is None:
             return
@@ -310,6 +337,7 @@ class TechniqueSet:
         return next(t.name for t in self.techniques if Touch.FORWARD in t.touches)
 
     def _learning_rate_factor(self) -> float:
+        self._follow()
         factor = 1.0
         for running in self._running.values():
             factor *= running.learning_rate_factor(self.step + 1)

@@ -140,7 +140,12 @@ def _as_sharded_as(like: Tensor, tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def add_to_gradient(parameter: nn.Parameter, gradient: Tensor, factor: float = 1.0) -> None:
-    """``parameter.grad += factor · gradient``, on what this rank holds; a missing gradient counts as zero."""
+    """``parameter.grad += factor · gradient``, on what this rank holds; a missing gradient counts as zero.
+
+    A parameter that is frozen by now gets none, or the optimizer would move it.
+    """
+    if not parameter.requires_grad:
+        return
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     own = local(parameter.grad)
@@ -148,7 +153,9 @@ def add_to_gradient(parameter: nn.Parameter, gradient: Tensor, factor: float = 1
 
 
 def trained_weights(live: LiveExpert) -> dict[str, Trained]:
-    """What trains in a model, by base parameter name: tied weights once, also where the base holds them twice.
+    """What trains in a model, or has trained in this run, by base parameter name.
+
+    Tied weights are there once, also where the base holds them twice.
 
     Raises:
         UnsupportedError: For adapters whose factors cannot be reached one by one: DoRA, stacks of experts, token rows,
@@ -158,7 +165,7 @@ def trained_weights(live: LiveExpert) -> dict[str, Trained]:
         return _of_adapter(live)
     found: dict[int, Trained] = {}
     for name, target in live.targets.items():
-        if name in live.vector and target.requires_grad and id(target) not in found:
+        if name in live.vector and id(target) not in found:
             found[id(target)] = _whole(live, name, cast("nn.Parameter", target))
     return {weight.name: weight for weight in found.values()}
 

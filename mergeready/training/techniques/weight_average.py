@@ -88,11 +88,6 @@ class WeightAverage(Technique):
 class _Average(Running):
     def __init__(self, settings: WeightAverage, run: TechniqueRun) -> None:
         self._settings = settings
-        self._parameters = {
-            name: parameter
-            for name, parameter in module_parameters(run.live.model).items()
-            if parameter.requires_grad
-        }
         self._snapshots: list[dict[str, Tensor]] = []  # one average, or the newest ones
         self._taken = 0
         self._mixed: dict[int, Whole | None] = {}
@@ -102,6 +97,8 @@ class _Average(Running):
                     self._mixed[id(weight.parameters[0])] = weight
                 elif isinstance(weight, Factored):
                     self._mixed[id(weight.factors[1])] = None
+        self._all = module_parameters(run.live.model)
+        self._parameters = {n: p for n, p in self._all.items() if p.requires_grad or id(p) in self._mixed}
 
     @torch.no_grad()
     def after_update(self, step: int) -> None:
@@ -155,11 +152,17 @@ class _Average(Running):
 
     def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         self._taken = int(state["taken"])
+        averaged = {key.removeprefix("0/") for key in tensors if key.startswith("0/")}
+        # What trains no more stays in the average; what only trains since then has been what it is.
+        self._parameters |= {name: self._all[name] for name in averaged}
+
+        def snapshot(index: int, name: str, parameter: nn.Parameter) -> Tensor:
+            if averaged and name not in averaged:
+                return _copy(parameter)
+            return held(parameter).of(tensors[f"{index}/{name}"]).to(parameter.device, copy=True)
+
         self._snapshots = [
-            {
-                name: held(p).of(tensors[f"{index}/{name}"]).to(p.device, copy=True)
-                for name, p in self._parameters.items()
-            }
+            {name: snapshot(index, name, p) for name, p in self._parameters.items()}
             for index in range(int(state["snapshots"]))
         ]
 

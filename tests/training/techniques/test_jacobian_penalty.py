@@ -163,5 +163,7 @@ def test_what_does_not_serve_is_refused() -> None:
         JacobianPenalty(inputs=[])
     with pytest.raises(OptionError, match="`strength`"):
         JacobianPenalty(inputs=[[torch.ones(1)]], strength=-1)
+    with pytest.raises(OptionError, match="more than once"):
+        JacobianPenalty(inputs=[iter([torch.ones(1)])])
     with pytest.raises(OptionError, match="`batches` is empty"):
         started([JacobianPenalty(inputs=[[]])], Net(), Net())
