@@ -21,6 +21,7 @@ from mergeready import Probe, Schedule
 from mergeready.transformers import MergeReadyCallback
 from tests.loops import load, make_world
 from tests.trainers import Tokens, accuracy, arguments, make_trainer, weights_of
+from tests.training.averaging import Averaging
 
 OFTEN = Schedule(every=2)
 
@@ -100,39 +101,6 @@ def test_generation_is_evaluated_as_the_trainer_is_configured(tmp_path: Path) ->
     assert {record.expert.value for record in callback.history.probes} == {expected}
 
 
-class Averaging(torch.optim.SGD):
-    """As schedule-free ones: what trains is not what is to be evaluated, and two calls turn one into the other.
-
-    Here, what is to be evaluated lies half way to where training began.
-    """
-
-    def __init__(self, *arguments: Any, **settings: Any) -> None:
-        super().__init__(*arguments, **settings)
-        for group in self.param_groups:
-            group["training"] = False
-
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
-        for parameter in self.param_groups[0]["params"]:
-            if "start" not in self.state[parameter]:
-                self.state[parameter]["start"] = parameter.detach().clone()
-        return super().step(closure)
-
-    def train(self) -> None:
-        self._turn(training=True)
-
-    def eval(self) -> None:
-        self._turn(training=False)
-
-    @torch.no_grad()
-    def _turn(self, *, training: bool) -> None:
-        for group in self.param_groups:
-            if group["training"] != training:
-                group["training"] = training
-                for parameter in group["params"]:
-                    if "start" in self.state[parameter]:
-                        parameter.lerp_(self.state[parameter]["start"], -1.0 if training else 0.5)
-
-
 def test_an_optimizer_that_puts_other_weights_into_the_model_for_evaluations(
     world: Path, tmp_path: Path
 ) -> None:
@@ -162,4 +130,4 @@ def test_an_optimizer_that_puts_other_weights_into_the_model_for_evaluations(
     watched = run([callback], steps=8, resume=checkpoint)
     assert callback.history.probes
     for name, value in plain.items():
-        torch.testing.assert_close(watched[name], value)
+        assert torch.equal(watched[name], value)

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +40,7 @@ from mergeready.training.techniques.hooks import take_off, unwrapped
 from mergeready.training.techniques.registry import TechniqueLike
 from mergeready.training.techniques.run import TechniqueRun
 from mergeready.training.techniques.technique_set import TechniqueSet
+from mergeready.training.turning import turned, turning
 from mergeready.weights.module import unwrap
 from mergeready.weights.open import WeightsLike
 from mergeready.weights.ranks import Ranks
@@ -153,7 +154,8 @@ class Monitor:
             metric: The framework's own choice of metric, for probes without one.
             save: Writes the model of the moment as an expert; needed for picks.
             optimizers: The training's optimizers, or frameworks' wrappers of them; some techniques need one. Finer
-                copies of 16-bit parameters are looked for in them.
+                copies of 16-bit parameters are looked for in them, and schedule-free ones are asked for the weights
+                to evaluate.
 
         Raises:
             MergeReadyError: If base, peers or evaluations are not usable. Nothing was written, and nothing changed but
@@ -168,6 +170,7 @@ class Monitor:
                 "`stop` looks at probes, and there are none: it will never stop. Give the run a `probe`."
             )
         given = list(optimizers)
+        self._turning = turning(given)
         for optimizer in given:
             take_off(optimizer, unwrap(model))
         self.techniques.prepare(model, step=step)
@@ -179,7 +182,8 @@ class Monitor:
             self._refine()
             self.techniques.start(lambda: self._technique_run(step, total_steps, given))
             before = time.perf_counter()
-            self._prober = self._make_prober(evaluate, metric)
+            with turned(self._turning):
+                self._prober = self._make_prober(evaluate, metric)
             self._reference_seconds = self._since(before)
             self._measuring = Pacer(self._measure_schedule, total_steps, step)
             self._probing = self._make_probe_pacer(total_steps, step)
@@ -218,8 +222,7 @@ class Monitor:
         sampling = every is not None and step // every > min(after, step - 1) // every
         if not looking and not sampling:
             return Outcome()
-        self._follow()
-        with self.techniques.shown():
+        with self._shown():
             sampled = self._look_at_samples(self._sampler, step) if self._sampler and sampling else {}
             seconds = self.ranks.same(self._train_seconds()) if looking else 0.0
             found = self._look(step, seconds, after) if looking else Outcome()
@@ -254,8 +257,7 @@ class Monitor:
         probes = self.history.probes
         if self._prober is None or (probes and probes[-1].step == step):
             return Outcome()
-        self._follow()
-        with self.techniques.shown():
+        with self._shown():
             return self._note(step, [self._run_probe(step, score)])
 
     def last_scalars(self) -> Mapping[str, float]:
@@ -363,11 +365,14 @@ class Monitor:
             self._given_peers, self.live, self.ranks, probed=self.probe is not None
         )
 
-    def _follow(self) -> None:
-        """See what trains by now."""
+    @contextmanager
+    def _shown(self) -> Iterator[None]:
+        """Inside, the model holds the weights to measure, evaluate and keep, of all that trains by now."""
         self.live.follow()
         if self._sampler is not None and self._sampler.vector is not self.live.vector:
             self._sampler = self._make_sampler()
+        with turned(self._turning), self.techniques.shown():
+            yield
 
     def _refine(self) -> None:
         """Find the finest copies of the weights anew: optimizers make theirs late, and may replace them."""

@@ -101,10 +101,6 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         entry = state.stateful_callbacks.setdefault(STATE_KEY, {"args": {}, "attributes": {}})
         if state.global_step and entry["attributes"]:
             self.monitor.load_state_dict(entry["attributes"], self._saved_tensors(trainer, state.global_step))
-        if callable(getattr(trainer.optimizer, "eval", None)):
-            # Schedule-free optimizers turn weights into those of evaluation and, in the next step, back. The Trainer's
-            # evaluation asks for it, and must find it done: merged weights are in the model then.
-            trainer.optimizer.eval()
         self.monitor.start(
             model,
             _run_folder(trainer) / FOLDER_NAME,

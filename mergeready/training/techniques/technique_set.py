@@ -18,6 +18,7 @@ from mergeready.training.techniques.moving import moved
 from mergeready.training.techniques.registry import TechniqueLike, make_technique
 from mergeready.training.techniques.run import TechniqueRun
 from mergeready.training.techniques.technique import ALONE, NEEDS_OPTIMIZER, Running, Technique, Touch
+from mergeready.training.turning import turning
 from mergeready.weights.guard import random_state_kept
 from mergeready.weights.shards import reshard
 
@@ -86,6 +87,7 @@ class TechniqueSet:
 
         Raises:
             OptionError: If the run lacks what a technique needs.
+            UnsupportedError: If one writes weights that the optimizer turns into others, as schedule-free ones do.
             HistoryError: If the loaded state is of other techniques.
         """
         self.finish_hooks()
@@ -98,6 +100,7 @@ class TechniqueSet:
         for technique in needing:
             touched = next(touch for touch in Touch if touch in technique.touches & NEEDS_OPTIMIZER)
             run.require_optimizer(f"{touched.value} ({technique.name})")
+        _require_weights_of_its_own(self.techniques, run)
         self._parameters = list(run.live.model.parameters())
         self._begin(run)
         _warn_of_narrow_weights(self.techniques, run)
@@ -346,6 +349,16 @@ class TechniqueSet:
     def _after_update(self) -> None:
         for running in self._running.values():
             running.after_update(self.step + 1)
+
+
+def _require_weights_of_its_own(techniques: Sequence[Technique], run: TechniqueRun) -> None:
+    writing = [t.name for t in techniques if t.touches & {Touch.WEIGHTS, Touch.EVALUATED, Touch.END}]
+    if writing and run.optimizer is not None and turning([run.optimizer]):
+        raise UnsupportedError(
+            f"{type(run.optimizer).__name__} turns the weights in training into those to evaluate, of which it keeps "
+            f"an average itself, and would turn what {listing(writing)} writes there as well. Take an optimizer that "
+            "evaluates what it trains, or leave out these techniques."
+        )
 
 
 def _warn_of_narrow_weights(techniques: Sequence[Technique], run: TechniqueRun) -> None:
