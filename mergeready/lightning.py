@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -17,6 +17,7 @@ from mergeready.fabric import log_images
 from mergeready.training.history import History
 from mergeready.training.images import run_images
 from mergeready.training.monitor import Monitor, Outcome
+from mergeready.training.monitored import RETENTION, direction, undefined
 from mergeready.training.options import MonitorOptions, evaluating_inside
 from mergeready.training.save import save_expert
 from mergeready.training.scalars import PREFIX
@@ -98,6 +99,10 @@ class MergeReadyCallback(Callback):  # type: ignore[misc]  # lightning is not ty
             optimizers=trainer.optimizers,
             save=lambda folder: save_expert(model, folder, self._processor),
         )
+        with ExitStack() as failing:
+            failing.callback(self.monitor.let_go)
+            self._require_direction(trainer)
+            failing.pop_all()
         self._step = trainer.global_step
         self._publish(trainer, self.monitor.last_scalars())
 
@@ -172,7 +177,27 @@ class MergeReadyCallback(Callback):  # type: ignore[misc]  # lightning is not ty
 
     def _publish(self, trainer: Trainer, scalars: Mapping[str, float]) -> None:
         """Let other callbacks see the scalars, now and until they are measured again."""
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scalars.items()})
+        known = undefined(self.history) | dict(scalars)
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in known.items()})
+
+    def _require_direction(self, trainer: Trainer) -> None:
+        """Lightning takes less to be better unless told otherwise, and of NaN that nothing can be learned any more."""
+        start = self.history.start
+        for watching in filter(_monitored, trainer.callbacks):
+            found = None if start is None else direction(watching.monitor, start)
+            if found is None:
+                continue
+            what, more = found
+            name, mode = f"{type(watching).__name__}(monitor={watching.monitor!r})", "max" if more else "min"
+            if getattr(watching, "mode", mode) != mode:
+                raise OptionError(
+                    f"{name} watches {what}, of which {'more' if more else 'less'} is better: set mode={mode!r}."
+                )
+            if watching.monitor.startswith(RETENTION) and getattr(watching, "check_finite", False):
+                raise OptionError(
+                    f"{name} would end the run at the first probe at which the expert is no better than the base, as "
+                    "there is no retention then: set check_finite=False."
+                )
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import csv
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from mergeready.lightning import MergeReadyCallback
 from tests.loops import Lit, lightning_trainer, load, loader, make_world, optimizer_of, options
 from tests.trainers import Tokens, weights_of
 
-MERGED = "mergeready/merged/ties"
+MERGED, RETENTION = "mergeready/merged/ties", "mergeready/retention/ties"
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +83,61 @@ def test_checkpoints_at_steps_between_probes_see_the_last_one(world: Path, tmp_p
     checkpoint = ModelCheckpoint(tmp_path, monitor=MERGED, mode="max", every_n_train_steps=3, save_top_k=-1)
     lightning_trainer(tmp_path, callback, checkpoint, max_steps=5).fit(Lit(load(world)), loader())
     assert float(checkpoint.current_score) == pytest.approx(callback.history.probes[0].merges["ties"].merged)
+
+
+@pytest.mark.parametrize(
+    ("watching", "message"),
+    [
+        (
+            lambda folder: ModelCheckpoint(folder, monitor=MERGED),
+            "watches score, of which more.*set mode='max'",
+        ),
+        (lambda folder: EarlyStopping("mergeready/expert"), "watches score, of which more.*set mode='max'"),
+        (lambda folder: ModelCheckpoint(folder, monitor=RETENTION), "watches retention.*set mode='max'"),
+        (lambda folder: EarlyStopping(RETENTION, mode="max"), "set check_finite=False"),
+        (
+            lambda folder: ModelCheckpoint(folder, monitor=f"{MERGED}s"),
+            f"They give mergeready/expert, {MERGED},",
+        ),
+        (lambda folder: ModelCheckpoint(folder, monitor="mergeready/norm"), None),
+        (lambda folder: ModelCheckpoint(folder, monitor="val_loss"), None),
+    ],
+)
+def test_the_best_checkpoint_is_not_the_worst(
+    world: Path, tmp_path: Path, watching: Any, message: str | None
+) -> None:
+    """Lightning takes less to be better by default, and never saves by a metric that does not come."""
+    callback = MergeReadyCallback(**options(world, probe=ties()))
+    trainer = lightning_trainer(tmp_path, callback, watching(tmp_path), max_steps=1)
+    if message is None:
+        trainer.fit(Lit(load(world)), loader())
+        return
+    with pytest.raises(OptionError, match=message):
+        trainer.fit(Lit(load(world)), loader())
+    assert trainer.global_step == 0
+
+
+def test_less_of_a_loss_is_better(world: Path, tmp_path: Path) -> None:
+    probe = replace(ties(), evaluate=lambda model: {"loss": -score(model)["score"]})
+    callback = MergeReadyCallback(**options(world, probe=probe))
+    checkpoint = ModelCheckpoint(tmp_path, monitor=MERGED, mode="max")
+    with pytest.raises(OptionError, match=r"watches loss, of which less.*set mode='min'"):
+        lightning_trainer(tmp_path, callback, checkpoint).fit(Lit(load(world)), loader())
+
+
+def test_a_step_without_retention_does_not_pass_for_the_one_before(world: Path, tmp_path: Path) -> None:
+    scores = iter(
+        [0.0, 1.0, 0.5, 0.5, -1.0, 0.5, 0.5]
+    )  # the base, and at each probe the expert and two merges
+    probe = replace(ties(), evaluate=lambda model: {"score": next(scores)})
+    callback = MergeReadyCallback(**options(world, probe=probe))
+    checkpoint = ModelCheckpoint(
+        tmp_path, "{step}", monitor=RETENTION, mode="max", save_top_k=-1, every_n_train_steps=3
+    )
+    lightning_trainer(tmp_path, callback, checkpoint, max_steps=6).fit(Lit(load(world)), loader())
+    assert [probe.merges["ties"].retention for probe in callback.history.probes] == [0.5, None]
+    assert float(checkpoint.current_score) == -math.inf
+    assert Path(checkpoint.best_model_path).name == "step=3.ckpt"
 
 
 @pytest.mark.parametrize("first", [True, False])

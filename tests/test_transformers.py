@@ -465,6 +465,55 @@ def test_the_best_model_is_not_the_worst(world: Path, metric: str, right: bool) 
                 trainer.train()
 
 
+def own_scores(*values: float) -> Any:
+    """Evaluations in their order: of the base, then at each probe of the expert and of two merges; the last stays."""
+    left = list(values)
+    return lambda model: {"score": left.pop(0) if len(left) > 1 else left[0]}
+
+
+def test_where_there_is_no_retention_the_trainer_goes_on(world: Path) -> None:
+    """At first the expert is no better than the base; the Trainer knows no metrics that are missing."""
+    probe = Probe(
+        merge="ties",
+        evaluate=own_scores(0.0, -1.0, 0.5, 0.5, 1.0, 0.5, 0.5),
+        scales=(0.4, 0.8),
+        max_evaluations=2,
+        schedule=Schedule(every=4, geometric=False),
+    )
+    callback = MergeReadyCallback(peers=peers(world), probe=probe)
+    changes = BY_MERGED | {"metric_for_best_model": "mergeready/retention/ties", "max_steps": 8}
+    trainer = make_trainer(world / "run", callback, model=load(world), **changes)
+    trainer.train()
+    assert [probe.merges["ties"].retention for probe in callback.history.probes] == [None, 0.5]
+    assert (trainer.state.best_metric, trainer.state.best_global_step) == (0.5, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "probed", "message"),
+    [
+        ("merged/tie", True, "They give mergeready/expert, mergeready/merged/ties"),
+        ("merged/ties", False, "the run has none"),
+    ],
+)
+def test_a_metric_that_never_comes_is_refused_at_the_start(
+    world: Path, name: str, probed: bool, message: str
+) -> None:
+    callback = MergeReadyCallback(peers=peers(world), probe=Probe(merge="ties") if probed else None)
+    changes = BY_MERGED | {"metric_for_best_model": f"mergeready/{name}"}
+    trainer = make_trainer(world / "run", callback, model=load(world), **changes)
+    with pytest.raises(OptionError, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_less_retention_is_not_better(world: Path) -> None:
+    callback = MergeReadyCallback(peers=peers(world), probe=Probe(merge="ties"))
+    changes = BY_MERGED | {"metric_for_best_model": "mergeready/retention/ties", "greater_is_better": False}
+    trainer = make_trainer(world / "run", callback, model=load(world), **changes)
+    with pytest.raises(OptionError, match=r"is retention here.*set greater_is_better=True"):
+        trainer.train()
+
+
 def test_an_evaluation_after_training_is_not_taken_for_the_last_step_s(world: Path) -> None:
     """The best model has been loaded by then."""
     probe = Probe(merge="ties", scales=(0.5,), max_evaluations=1, schedule=Schedule(first=100))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -14,6 +15,7 @@ from mergeready.merging.evaluation import Evaluate
 from mergeready.training.history import History
 from mergeready.training.images import run_images
 from mergeready.training.monitor import Monitor, Outcome
+from mergeready.training.monitored import direction, undefined
 from mergeready.training.options import MonitorOptions
 from mergeready.training.save import save_expert
 from mergeready.training.scalars import PREFIX
@@ -110,7 +112,10 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
             optimizers=[trainer.optimizer],
             save=lambda folder: save_expert(trainer.model, folder, trainer.processing_class),
         )
-        self._require_direction(args)
+        with ExitStack() as failing:
+            failing.callback(self.monitor.let_go)
+            self._require_direction(args)
+            failing.pop_all()
         # The Trainer writes this dictionary into each checkpoint; its history is a list that grows in place.
         self._entry = entry
         self._state = state
@@ -140,7 +145,8 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
             return
         self._report(self.monitor.probe_now(state.global_step), control)
         # The Trainer reads the best metric from this very dictionary after the event.
-        metrics |= {f"eval_{name}": value for name, value in self.monitor.last_scalars().items()}
+        known = undefined(self.history) | dict(self.monitor.last_scalars())
+        metrics |= {f"eval_{name}": value for name, value in known.items()}
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any
@@ -251,16 +257,16 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
 
     def _require_direction(self, args: Any) -> None:
         """The Trainer guesses from the name, which tells nothing of what was merged and evaluated."""
-        start, kind = self.history.start, _best_metric(args).split("/")[0]
-        if start is None or args.greater_is_better is None or kind not in ("expert", "merged", "surrogate"):
+        start = self.history.start
+        if start is None or not _drives_best_model(args):
             return
-        if args.greater_is_better != start.greater_is_better:
-            self.monitor.let_go()
+        found = direction(PREFIX + _best_metric(args), start)
+        if found is not None and args.greater_is_better != found[1]:
+            what, more = found
             raise OptionError(
-                f"`{args.metric_for_best_model}` is {start.metric} here, of which "
-                f"{'more' if start.greater_is_better else 'less'} is better, but the Trainer would keep the checkpoint "
-                f"with the {'most' if args.greater_is_better else 'least'}: set "
-                f"greater_is_better={start.greater_is_better} in its arguments."
+                f"`{args.metric_for_best_model}` is {what} here, of which {'more' if more else 'less'} is better, but "
+                f"the Trainer would keep the checkpoint with the {'most' if args.greater_is_better else 'least'}: set "
+                f"greater_is_better={more} in its arguments."
             )
 
     def _evaluation(self, trainer: Trainer) -> Evaluate | None:
