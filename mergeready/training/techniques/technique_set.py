@@ -347,8 +347,9 @@ class TechniqueSet:
         return factor
 
     def _after_update(self) -> None:
-        for running in self._running.values():
-            running.after_update(self.step + 1)
+        # What is averaged comes after what holds it in bounds.
+        for technique in sorted(self.techniques, key=lambda technique: Touch.EVALUATED in technique.touches):
+            self._running[technique.name].after_update(self.step + 1)
 
 
 def _require_weights_of_its_own(techniques: Sequence[Technique], run: TechniqueRun) -> None:

@@ -127,7 +127,8 @@ class _Average(Running):
         value: Tensor | None = None
         if self._snapshots:
             parts = [snapshot[name] for snapshot in self._snapshots]
-            value = parts[0] if len(parts) == 1 else torch.stack(parts).mean(0)
+            # From the first one, so that the mean of equal values is that value.
+            value = parts[0] if len(parts) == 1 else parts[0] + (torch.stack(parts) - parts[0]).mean(0)
         if id(parameter) in self._mixed:
             value = local(parameter).float() if value is None else value
             weight, mix = self._mixed[id(parameter)], self._settings.mix

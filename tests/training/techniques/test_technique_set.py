@@ -19,13 +19,16 @@ from mergeready import (
     Schedule,
     SharpnessAware,
     SimulatedMerge,
+    SparseMask,
     WeightAverage,
 )
 from mergeready.errors import OptionError, UnsupportedError
 from mergeready.training.techniques.registry import make_technique, technique_names
+from mergeready.training.techniques.technique import Technique
 from mergeready.training.techniques.technique_set import TechniqueSet
 from tests.sharded import adapter
 from tests.training.small import Evaluation, Net, equal, examples, expert, state_of
+from tests.training.techniques.every import masks
 from tests.training.techniques.runs import net, run
 
 ACTIVE: dict[str, Any] = {
@@ -232,6 +235,24 @@ def test_probes_and_picks_see_the_average(tmp_path: Path) -> None:
     assert any(torch.allclose(seen, averages[-1], atol=1e-6) for seen in scores)
     assert not any(torch.equal(seen, run.before_the_end["head.weight"]) for seen in scores)  # type: ignore[attr-defined]
     assert torch.allclose(end["head.weight"], averages[-1], atol=1e-6)
+
+
+@pytest.mark.parametrize("averages_first", [True, False])
+@pytest.mark.parametrize("kind", ["ema", "mean", "last"])
+def test_what_is_averaged_is_held_already(tmp_path: Path, kind: Any, averages_first: bool) -> None:
+    """In whatever order they are given: else the expert would be longer than allowed, or dense."""
+    average, base = WeightAverage(kind=kind, decay=0.5, count=3), Net().state_dict()
+
+    def end(folder: str, holding: Technique) -> dict[str, Tensor]:
+        order = [average, holding] if averages_first else [holding, average]
+        return run(tmp_path / folder, order, base=base)
+
+    held = end("held", NormGovernor(max_norm=0.1))
+    assert sum(float((held[name] - value).square().sum()) for name, value in base.items()) ** 0.5 < 0.1001
+    masked = end("masked", SparseMask(masks=masks()))
+    for name, mask in masks().items():
+        assert torch.equal(masked[name][~mask], base[name][~mask])
+    assert not equal(masked, base)
 
 
 def test_a_second_end_changes_nothing(tmp_path: Path) -> None:
