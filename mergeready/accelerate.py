@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -97,6 +97,10 @@ class MergeReadyLoop(loop.MergeReadyLoop):
             optimizer=self.accelerator._optimizers if optimizer is None else optimizer,
             scaler=scaler or self.accelerator.scaler,
         )
+
+    def passes(self, *, last: bool = True) -> Iterator[None]:
+        """As that of every loop; inside ``accelerator.accumulate``, which knows a step's last micro-batch."""
+        yield from super().passes(last=last and self.accelerator.sync_gradients)
 
     def step(self) -> Mapping[str, float]:
         if not self.accelerator.sync_gradients:  # a micro-batch: the optimizer took no step

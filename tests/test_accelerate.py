@@ -12,9 +12,9 @@ from accelerate.state import GradientState
 from accelerate.tracking import GeneralTracker
 from torch import nn
 
-from mergeready import NormBudget, Schedule
+from mergeready import DriftPenalty, NormBudget, Schedule, SharpnessAware
 from mergeready.accelerate import MergeReadyLoop
-from mergeready.errors import HistoryError, OptionError
+from mergeready.errors import HistoryError, OptionError, UnsupportedError
 from tests.loops import batches, load, loader, make_world, optimizer_of, options
 from tests.trainers import weights_of
 
@@ -89,6 +89,33 @@ def test_micro_batches_are_not_counted(tmp_path: Path) -> None:
     for _ in range(9):
         run.micro_step()
     assert steps(run.monitor) == [1, 2, 3]
+
+
+def test_a_penalty_joins_a_step_once_however_many_micro_batches_it_has(tmp_path: Path) -> None:
+    ends = []
+    for accumulate in (1, 3):
+        run = Run(tmp_path / str(accumulate), accumulate, techniques=[DriftPenalty(strength=0.5)])
+        run.monitor.prepare(run.model)
+        for _ in range(4 * accumulate):
+            with run.accelerator.accumulate(run.model):
+                for _ in run.monitor.passes():
+                    run.accelerator.backward(run.model(torch.ones(4, 3)).sum())
+                run.optimizer.step()
+                run.optimizer.zero_grad()
+            run.monitor.step()
+        ends.append(weights_of(run.model))
+    assert not torch.equal(ends[0]["weight"], run.base["weight"])
+    torch.testing.assert_close(ends[0], ends[1])
+
+
+def test_the_gradient_of_a_part_of_a_step_is_not_climbed(tmp_path: Path) -> None:
+    run = Run(tmp_path, accumulate=2, techniques=[SharpnessAware()])
+    run.monitor.prepare(run.model)
+    with (
+        run.accelerator.accumulate(run.model),
+        pytest.raises(UnsupportedError, match="all micro-batches of a step inside one"),
+    ):
+        next(run.monitor.passes())
 
 
 def test_files_are_under_the_project(tmp_path: Path) -> None:
