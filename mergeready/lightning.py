@@ -10,6 +10,7 @@ from typing import Any, Unpack
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from mergeready.errors import OptionError, UnsupportedError
@@ -70,6 +71,7 @@ class MergeReadyCallback(Callback):  # type: ignore[misc]  # lightning is not ty
         self._state: dict[str, Any] = {}
         self._step: int | None = None  # the last optimizer step seen; None outside training
         self._again = False  # whether a batch is being run for the second time
+        self._resuming = True  # whether a checkpoint that is read is to be gone on from
 
     @property
     def history(self) -> History:
@@ -136,6 +138,7 @@ class MergeReadyCallback(Callback):  # type: ignore[misc]  # lightning is not ty
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.monitor.techniques.abandon()
+        self.monitor.let_go()
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         self.monitor.techniques.between()  # as above, where no step followed
@@ -160,7 +163,14 @@ class MergeReadyCallback(Callback):  # type: ignore[misc]  # lightning is not ty
         state |= {"tensors": tensors} if tensors else {}
         return state | {"history": list(state["history"])}  # it may be written while training goes on
 
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._resuming = trainer.state.fn == TrainerFn.FITTING
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if not self._resuming:  # as where `test` reads the best checkpoint: the run stays what it was
+            return
         self._state = state_dict
         self.monitor = Monitor(**self._options)  # what an earlier fit measured is not of this run
 

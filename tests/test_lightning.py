@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
-from mergeready import NormBudget, Probe, Schedule
+from mergeready import NormBudget, NormGovernor, Probe, Schedule
 from mergeready.errors import EvaluationError, OptionError
 from mergeready.lightning import MergeReadyCallback
 from tests.loops import Lit, lightning_trainer, load, loader, make_world, optimizer_of, options
@@ -277,6 +277,37 @@ def test_a_second_fit_goes_on_and_a_new_trainer_starts_anew(world: Path, tmp_pat
     assert [record.step for record in callback.history.metrics] == [1, 2, 4, 6, 8, 10, 12, 14, 16]
     lightning_trainer(tmp_path, callback, max_steps=2).fit(Lit(load(world)), loader())
     assert [record.step for record in callback.history.metrics] == [1, 2]
+
+
+def test_validating_a_checkpoint_leaves_the_history_of_the_run(world: Path, tmp_path: Path) -> None:
+    callback = MergeReadyCallback(**options(world, probe=None))
+    checkpoint = ModelCheckpoint(tmp_path, "saved", every_n_train_steps=4)
+    trainer = lightning_trainer(tmp_path, callback, checkpoint, limit_val_batches=1, max_steps=6)
+    module = Lit(load(world))
+    trainer.fit(module, loader())
+    before = list(callback.history)
+    assert before[-1].step == 6
+    trainer.validate(module, loader(), ckpt_path=tmp_path / "saved.ckpt", verbose=False)
+    assert list(callback.history) == before
+
+
+def test_a_run_that_raises_leaves_no_hooks(world: Path, tmp_path: Path) -> None:
+    class Breaking(Lit):
+        def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+            if index == 2:
+                raise RuntimeError("out of memory")
+            return super().training_step(batch, index)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return optimizer
+
+    module = Breaking(load(world))
+    optimizer = optimizer_of(module.net)
+    callback = MergeReadyCallback(**options(world, probe=None, techniques=[NormGovernor(max_norm=0.1)]))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        lightning_trainer(tmp_path, callback).fit(module, loader())
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
 
 
 def test_two_callbacks_are_refused(world: Path, tmp_path: Path) -> None:
