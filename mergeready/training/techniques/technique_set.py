@@ -162,9 +162,15 @@ class TechniqueSet:
         step = self.step + 1
         with moved(self.run.live.model, mover.moved(step)):
             if mover.wants_gradient(step):
-                for parameter in self.run.live.model.parameters():
+                for parameter in self._stepped():
                     parameter.grad = None
             yield
+
+    def _stepped(self) -> Iterator[nn.Parameter]:
+        """What has gradients: the model, and what the optimizer steps beside it, such as parameters of a loss."""
+        yield from self.run.live.model.parameters()
+        for group in [] if self.run.optimizer is None else self.run.optimizer.param_groups:
+            yield from group["params"]
 
     def enter(self, again: Callable[[], object]) -> None:
         """Before forward of each micro-batch, where a framework runs them one by one instead of in a loop of ours.

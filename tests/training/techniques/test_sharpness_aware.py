@@ -59,6 +59,17 @@ def test_both_passes_see_the_same_random_numbers_and_buffers_move_once(tmp_path:
     assert model[0].num_batches_tracked == 1
 
 
+def test_what_trains_beside_the_model_has_its_gradient_once(tmp_path: Path) -> None:
+    """As a loss with parameters of its own."""
+    model, beside = nn.Linear(2, 1), nn.Linear(1, 1)
+    optimizer = torch.optim.SGD([*model.parameters(), *beside.parameters()], lr=0.1)
+    monitor = MergeReadyLoop(tmp_path, techniques=[SharpnessAware()])
+    monitor.prepare(model, optimizer=optimizer)
+    for _ in monitor.passes():
+        beside(model(X.float())).mean().backward()
+    assert float(beside.bias.grad) == 1.0  # type: ignore[arg-type]
+
+
 def test_a_gradient_that_overflowed_moves_nothing(tmp_path: Path) -> None:
     model = nn.Linear(2, 1)
     before = model.weight.detach().clone()
