@@ -14,7 +14,15 @@ from torch.nn.functional import cross_entropy
 from transformers import TrainerCallback
 
 import mergeready.lightning
-from mergeready import DriftPenalty, NormGovernor, Schedule, SharpnessAware, SimulatedMerge, WeightAverage
+from mergeready import (
+    DriftPenalty,
+    NormGovernor,
+    Probe,
+    Schedule,
+    SharpnessAware,
+    SimulatedMerge,
+    WeightAverage,
+)
 from mergeready.errors import OptionError
 from mergeready.transformers import MergeReadyCallback
 from tests.loops import Lit, lightning_trainer, load, loader, make_world
@@ -109,6 +117,34 @@ def test_resumed_with_the_average_it_had(world: Path, tmp_path: Path, folder: st
     again.train(resume_from_checkpoint=str(tmp_path / "first/checkpoint-3"))
     first, second = map(weights_of, models)
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_picks_stay_until_the_checkpoint_has_its_average(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is killed there is resumed from the checkpoint before, whose picks these are."""
+    scores = iter([0.0, 1.0, 0.5, 2.0, 0.6])  # the base, and at each probe the expert and a merge
+    probe = Probe(
+        evaluate=lambda model: {"score": next(scores)},
+        scales=(0.5,),
+        max_evaluations=1,
+        schedule=Schedule(every=1),
+    )
+    own = MergeReadyCallback(
+        base=world / "base", peers=[world / "peer-1"], probe=probe, techniques=[WeightAverage()]
+    )
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mergeready.transformers.callback.save_file", killed)
+    changes = STEADY | {"save_strategy": "steps", "save_steps": 2}
+    trainer = make_trainer(tmp_path, own, model=load(world), **changes)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert own.history.probes[-1].step == 2
+    picks = tmp_path / "mergeready/picks"
+    assert sorted(path.name for path in picks.glob("step-*")) == ["step-000001", "step-000002"]
 
 
 class Broken(nn.Module):

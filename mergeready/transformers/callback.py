@@ -165,11 +165,11 @@ class MergeReadyCallback(TrainerCallback):  # type: ignore[misc]  # transformers
             )
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.monitor.on_save()
         tensors = self.monitor.tensors()
         if tensors and state.is_world_process_zero:
             with new_file(_checkpoint(self._find_trainer(), state.global_step) / TENSORS_NAME) as temporary:
                 save_file(tensors, temporary)
+        self.monitor.on_save()  # the checkpoint is complete only now
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._release(self._find_trainer())
