@@ -88,6 +88,34 @@ class History(Sequence[Record]):
         """Step and expert metric of every probe."""
         return [(p.step, p.expert.value) for p in self.probes]
 
+    def groups(self, *, merged: bool) -> list[tuple[float, list[ProbeRecord]]]:
+        """Probes that can be compared with each other, in order: runs are resumed with other peers or another metric.
+
+        Args:
+            merged: Whether merges are to be compared, which depend on the peers; else experts alone.
+
+        Returns:
+            By group, ``sign`` of its metric and its probes.
+        """
+        found: list[tuple[float, list[ProbeRecord]]] = []
+        start: StartRecord | None = None
+        last: object = None
+        for record in self._records:
+            if isinstance(record, StartRecord):
+                start = record
+            elif isinstance(record, ProbeRecord):
+                kind = _kind(start, record, merged=merged)
+                if not found or kind != last:
+                    found.append((1.0 if start is None or start.greater_is_better else -1.0, []))
+                found[-1][1].append(record)
+                last = kind
+        return found
+
+    def alike(self, *, merged: bool) -> tuple[float, list[ProbeRecord]]:
+        """The last of :meth:`groups`: the probes that can be compared with the newest one."""
+        groups = self.groups(merged=merged)
+        return groups[-1] if groups else (self.sign, [])
+
     @property
     def methods(self) -> list[str]:
         """Labels of the methods that were probed, the leading one first."""
@@ -169,6 +197,15 @@ def read_history(path: str | Path) -> History:
         except (ValueError, RecursionError) as error:
             raise HistoryError(f"line {number} of {path} is not JSON ({error}).") from error
     return History.from_json(records, str(path))
+
+
+def _kind(start: StartRecord | None, probe: ProbeRecord, *, merged: bool) -> object:
+    """What a probe's figures depend on beside the weights."""
+    if start is None:
+        return probe.surrogate if merged else None
+    metric = (start.metric, start.greater_is_better)
+    peers = {label: norm for label, norm in start.peers.items() if label not in start.fingerprints}
+    return (metric, probe.surrogate, peers, sorted(start.references)) if merged else metric
 
 
 def _to_json(record: Record) -> dict[str, Any]:

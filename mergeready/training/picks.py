@@ -29,6 +29,8 @@ PARETO = "pareto"
 class Picks:
     """Which steps of a run are worth keeping.
 
+    Only merges with the same peers are compared: a run that is resumed with others picks among the steps since then.
+
     Attributes:
         expert_best: Keep the step with the best expert metric.
         merge_best: Keep, for each probed merge method, the step with the best merged metric.
@@ -54,14 +56,16 @@ class Picks:
             available: Steps whose weights exist; only they can be Pareto picks.
         """
         picked: dict[str, int] = {}
-        sign = history.sign
-        if self.expert_best and history.probes:
-            picked[EXPERT_BEST] = _best_step(history.expert(), sign)
-        methods = history.methods
+        sign, probes = history.alike(merged=False)
+        if self.expert_best and probes:
+            picked[EXPERT_BEST] = _best_step([(p.step, p.expert.value) for p in probes], sign)
+        sign, probes = history.alike(merged=True)
+        methods = [method for method in history.methods if any(method in probe.merges for probe in probes)]
         if self.merge_best:
             for method in methods:
                 label = MERGE_BEST if len(methods) == 1 else f"{MERGE_BEST}:{method}"
-                picked[label] = _best_step(history.merged(method), sign)
+                points = [(p.step, p.merges[method].merged) for p in probes if method in p.merges]
+                picked[label] = _best_step(points, sign)
         if self.pareto and methods:
             steps = pareto_steps(history, methods[0])
             usable = steps if available is None else [step for step in steps if step in set(available)]
@@ -71,11 +75,9 @@ class Picks:
 
 def pareto_steps(history: History, method: str) -> list[int]:
     """Steps that no other step beats in expert and merged metric at once, best merged first."""
-    sign = history.sign
+    sign, probes = history.alike(merged=True)
     points = [
-        (sign * p.merges[method].merged, sign * p.expert.value, p.step)
-        for p in history.probes
-        if method in p.merges
+        (sign * p.merges[method].merged, sign * p.expert.value, p.step) for p in probes if method in p.merges
     ]
     points.sort(key=lambda point: (-point[0], -point[1], point[2]))
     kept: list[int] = []

@@ -30,6 +30,8 @@ class Policy(Protocol):
 class MergedPlateau:
     """Stop when the *merged* metric has stopped improving, for every merge method that counts.
 
+    Only merges with the same peers are compared: a run that is resumed with others begins to wait anew.
+
     Attributes:
         patience: Probes without improvement that are tolerated, at least 1.
         min_delta: Smallest change that counts as improvement, in units of the metric.
@@ -50,18 +52,21 @@ class MergedPlateau:
             raise OptionError(f"`methods` must be a list of labels, or None for all, not {self.methods!r}.")
 
     def __call__(self, history: History) -> Decision:
-        if not history.probes:
+        sign, probes = history.alike(merged=True)
+        if not probes:
             return Decision(False, "no probe yet")
         # A run that was resumed with other methods has old ones in its history that can never stop improving.
-        probed = [label for label in history.methods if label in history.probes[-1].merges]
+        probed = [label for label in history.methods if label in probes[-1].merges]
         labels = probed if self.methods is None else list(self.methods)
         unknown = [label for label in labels if label not in probed]
         if unknown:
             raise OptionError(f"`methods` names {unknown}, but the probe runs {probed}.")
-        series = {label: history.merged(label) for label in labels}
+        series = {
+            label: [(p.step, p.merges[label].merged) for p in probes if label in p.merges] for label in labels
+        }
         reasons = []
         for label, points in series.items():
-            waited, best_step, best = _since_best(points, history.sign, self.min_delta)
+            waited, best_step, best = _since_best(points, sign, self.min_delta)
             if waited < self.patience or points[-1][0] < self.min_step:
                 return Decision(
                     False, f"merged with {label} was best at step {best_step}, {waited} probes ago"
@@ -90,10 +95,11 @@ class ExpertPlateau:
         _check_plateau(self.patience, self.min_delta)
 
     def __call__(self, history: History) -> Decision:
-        points = history.expert()
+        sign, probes = history.alike(merged=False)
+        points = [(probe.step, probe.expert.value) for probe in probes]
         if not points:
             return Decision(False, "no probe yet")
-        waited, best_step, best = _since_best(points, history.sign, self.min_delta)
+        waited, best_step, best = _since_best(points, sign, self.min_delta)
         stop = waited >= self.patience and points[-1][0] >= self.min_step
         return Decision(stop, f"expert metric was best at step {best_step} ({best:.4g}), {waited} probes ago")
 

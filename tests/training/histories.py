@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import count
 
 from hypothesis import strategies as st
 
@@ -77,6 +79,16 @@ def curves(greater: bool = True, **series: Sequence[float]) -> History:
         for i in range(len(expert))
     ]
     return History([start(*series, greater=greater), *probes])
+
+
+def resumed_with_peers(surrogates: Sequence[float], merged: Sequence[float]) -> History:
+    """Probes at 10, 20, …; from some step on merged with a peer. The expert does as its merges do."""
+    steps = count(10, 10)
+    first = [probe(next(steps), value, surrogate=True, ties=value) for value in surrogates]
+    then = [probe(next(steps), value, ties=value) for value in merged]
+    begun = replace(start("ties"), surrogate=True)
+    resumed = replace(start("ties", step=first[-1].step), peers={"law": 1.0})
+    return History([begun, *first, ResumeRecord(step=resumed.step, changed=["peers"]), resumed, *then])
 
 
 _number = st.floats(allow_nan=False, allow_infinity=False)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,15 @@ class TestSelect:
         history = curves(expert=[0.1, 0.2], average=[0.1, 0.2], ties=[0.9, 0.1])
         assert history.methods == ["average", "ties"]
         assert Picks(expert_best=False, merge_best=False, pareto=5).select(history) == {"pareto-1": 20}
+
+    def test_merges_with_other_peers_are_not_compared(self) -> None:
+        """Resumed with a peer, where merges had been with surrogates; the expert is what it is."""
+        first = [probe(10, 0.9, surrogate=True, ties=0.9), probe(20, 0.8, surrogate=True, ties=0.8)]
+        peers = replace(start("ties", step=20), peers={"law": 1.0})
+        begun = [replace(start("ties"), surrogate=True), *first, peers]
+        assert Picks(pareto=2).select(History(begun)) == {"expert-best": 10, "merge-best": 10, "pareto-1": 10}
+        found = Picks(pareto=2).select(History([*begun, probe(30, 0.5, ties=0.4), probe(40, 0.5, ties=0.5)]))
+        assert found == {"expert-best": 10, "merge-best": 40, "pareto-1": 40}
 
     def test_range(self) -> None:
         with pytest.raises(OptionError, match="`pareto` must not be negative, not -1"):

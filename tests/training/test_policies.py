@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -18,7 +19,7 @@ from mergeready.training.policies import (
     Policy,
 )
 from mergeready.training.records import DecisionRecord
-from tests.training.histories import curves, merged_curve, metrics, probe, start
+from tests.training.histories import curves, merged_curve, metrics, probe, resumed_with_peers, start
 
 
 def stops_at(policy: Policy, history: History) -> int | None:
@@ -95,6 +96,11 @@ class TestMergedPlateau:
         for history in (History(), History([start("ties"), metrics(5, 1.0)])):
             assert MergedPlateau(methods=["dare"])(history) == Decision(False, "no probe yet")
 
+    def test_merges_with_other_peers_are_no_measure(self) -> None:
+        """As in a team's first round, whose merges are with surrogates."""
+        history = resumed_with_peers([0.9, 0.9], [0.5, 0.6, 0.7, 0.7, 0.7])
+        assert stops_at(MergedPlateau(patience=2), history) == 70
+
     def test_methods_of_an_earlier_run_do_not_keep_it_going(self) -> None:
         """Resumed with TIES alone: what averaging did before can never stop improving."""
         earlier = curves(ties=[0.5, 0.5], average=[0.5, 0.6])
@@ -123,6 +129,18 @@ class TestExpertPlateau:
         history = curves(expert=[0.5, 0.51, 0.52, 0.53], ties=[0.0] * 4)
         assert stops_at(ExpertPlateau(patience=1, min_delta=0.1), history) == 20
         assert stops_at(ExpertPlateau(patience=1, min_delta=0.1, min_step=35), history) == 40
+
+    def test_the_expert_is_what_it_is_whatever_the_peers(self) -> None:
+        assert stops_at(ExpertPlateau(patience=3), resumed_with_peers([0.9, 0.9], [0.5, 0.6, 0.7])) == 40
+
+    def test_another_metric_is_no_measure(self) -> None:
+        """Resumed with a loss."""
+        loss = replace(start("ties", greater=False, step=20), metric="loss")
+        history = History(
+            [*curves(ties=[0.5, 0.5]), loss, probe(30, 2.0, ties=2.0), probe(40, 1.9, ties=1.9)]
+        )
+        for policy in (ExpertPlateau(patience=2), MergedPlateau(patience=2)):
+            assert stops_at(policy, history) is None
 
     def test_the_reason(self) -> None:
         history = curves(expert=[0.25, 0.75, 0.5], ties=[0.0] * 3)

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from mergeready.errors import OptionError
 from mergeready.training.history import History
 from mergeready.training.policies import Decision
+from mergeready.training.records import ProbeRecord
 from mergeready.training.techniques.registry import register
 from mergeready.training.techniques.run import TechniqueRun
 from mergeready.training.techniques.technique import Running, Technique, Touch
@@ -75,18 +76,22 @@ class PlateauSchedule(Technique):
 
     def plateaus(self, history: History) -> int:
         """How many plateaus a history has had."""
-        points: Sequence[tuple[int, float]] = history.expert()
-        if self.on == "merged":
-            points = history.merged(history.methods[0]) if history.methods else []
-        best, waited, count = -math.inf, 0, 0
-        for _, value in points:
-            if history.sign * value > best + self.min_delta:
-                best, waited = history.sign * value, 0
-                continue
-            waited += 1
-            if waited == self.patience:
-                waited, count = 0, count + 1
+        count = 0
+        for sign, probes in history.groups(merged=self.on == "merged"):
+            best, waited = -math.inf, 0
+            for value in self._values(probes, history.methods):
+                if sign * value > best + self.min_delta:
+                    best, waited = sign * value, 0
+                    continue
+                waited += 1
+                if waited == self.patience:
+                    waited, count = 0, count + 1
         return count
+
+    def _values(self, probes: Sequence[ProbeRecord], methods: Sequence[str]) -> list[float]:
+        if self.on == "expert":
+            return [probe.expert.value for probe in probes]
+        return [probe.merges[methods[0]].merged for probe in probes if methods[0] in probe.merges]
 
     def begin(self, run: TechniqueRun) -> Running:
         if not run.probes:

@@ -23,10 +23,12 @@ from mergeready import (
     WeightAverage,
 )
 from mergeready.errors import OptionError, UnsupportedError
+from mergeready.training.history import History
 from mergeready.training.techniques.registry import make_technique, technique_names
 from mergeready.training.techniques.technique import Technique
 from mergeready.training.techniques.technique_set import TechniqueSet
 from tests.sharded import adapter
+from tests.training.histories import resumed_with_peers
 from tests.training.small import Evaluation, Net, equal, examples, expert, state_of
 from tests.training.techniques.every import masks
 from tests.training.techniques.runs import net, run
@@ -212,6 +214,15 @@ def test_the_learning_rate_falls_on_a_plateau_and_then_the_run_stops(tmp_path: P
     assert rates.monitor.steps == 7
     assert PlateauSchedule(patience=2)(rates.monitor.history).stop
     assert "plateau 2" in rates.monitor.history.decisions[-1].reason
+
+
+def test_a_plateau_is_of_merges_with_the_same_peers() -> None:
+    history = resumed_with_peers([0.9, 0.9], [0.5, 0.6, 0.7, 0.7, 0.7])
+    schedule = PlateauSchedule(on="merged", patience=2)
+    assert [schedule.plateaus(History(history[:length])) for length in (3, 5, 9, 10)] == [0, 0, 0, 1]
+    # A plateau that was counted stays: the learning rate does not rise again.
+    history = resumed_with_peers([0.9, 0.9, 0.9], [0.5, 0.6])
+    assert schedule.plateaus(history) == 1
 
 
 def test_probes_and_picks_see_the_average(tmp_path: Path) -> None:
