@@ -231,6 +231,9 @@ def _feed(digest: Any, content: Any) -> None:
     elif isinstance(content, Tensor):
         plain = content.detach().cpu()
         _feed(digest, (plain.view(torch.int16) if plain.dtype == torch.bfloat16 else plain).numpy())
+    elif isinstance(content, np.ndarray) and content.dtype.hasobject:  # its bytes are addresses
+        digest.update(f"<{content.dtype}{content.shape}:".encode())
+        _feed(digest, content.tolist())
     elif isinstance(content, np.ndarray):
         digest.update(f"<{content.dtype}{content.shape}:".encode() + np.ascontiguousarray(content).tobytes())
     elif type(content).__module__.startswith("PIL."):

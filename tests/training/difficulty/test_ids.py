@@ -102,6 +102,17 @@ def test_content_is_what_counts() -> None:
     assert all(0 <= content_id(i) < 2**63 for i in range(100))
 
 
+def test_arrays_of_objects_count_by_what_they_hold() -> None:
+    """And not by where that lies in memory, which is another place in every process."""
+
+    def words(*ends: str) -> Any:
+        return np.array([" ".join(["law", end]) for end in ends], dtype=object)
+
+    assert content_id({"x": words("of", "in")}) == content_id({"x": words("of", "in")})
+    assert content_id({"x": words("of", "in")}) != content_id({"x": words("of", "on")})
+    assert content_id(words("of", "in")) != content_id(words("of", "in").reshape(2, 1))
+
+
 def test_images_count_by_their_pixels_and_addresses_not_at_all() -> None:
     pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
     one = content_id({"image": Image.fromarray(pixels)})
