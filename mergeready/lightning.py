@@ -146,6 +146,9 @@ class MergeReadyCallback(Callback):  # type: ignore[misc]  # lightning is not ty
             self._step = trainer.global_step
             self._report(trainer, self.monitor.on_step(trainer.global_step))
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.monitor.techniques.abandon()  # a module may end an epoch after `on_train_batch_start`
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._step and any(_monitored(callback) for callback in trainer.callbacks):
             self._report(trainer, self.monitor.probe_now(trainer.global_step))

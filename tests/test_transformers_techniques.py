@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -274,6 +275,35 @@ def test_lightning_has_its_weights_back_after_a_batch_that_is_skipped(
         trainer.fit(lit, loader())
         found.append([record.norm for record in own.history.metrics])
     assert found[1] == pytest.approx(found[0], rel=0.1)
+
+
+class Ending(Lit):
+    """Ends its epoch at the third batch, by returning -1."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        return -1 if batch_idx == 2 else None
+
+
+def test_lightning_has_its_weights_back_at_the_end_of_an_epoch_that_is_cut_short(
+    world: Path, tmp_path: Path
+) -> None:
+    """Where checkpoints of epochs are saved."""
+    seen: list[Any] = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+            seen.append(weights_of(module.net))
+
+        def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+            seen.append(weights_of(module.net))
+
+    own = mergeready.lightning.MergeReadyCallback(
+        base=world / "base", picks=None, techniques=[SimulatedMerge(every=1, noise=0.05)]
+    )
+    trainer = lightning_trainer(tmp_path, own, Look(), max_steps=-1, max_epochs=1)
+    trainer.fit(Ending(load(world)), loader())
+    assert len(seen) == 3
+    assert all(torch.equal(seen[2][key], value) for key, value in seen[1].items())
 
 
 class Signs(torch.optim.SGD):
