@@ -286,7 +286,11 @@ class Monitor:
 
     def finish(self) -> dict[str, Any]:
         """At the end: finish techniques, drop what is not picked, write ``summary.json``, share picks; the summary."""
-        self.techniques.finish()
+        try:
+            self.techniques.finish()
+        except BaseException:
+            self.let_go()
+            raise
         self.on_save()
         self.watch.finish(self.folder)
         picked = self._store.selected(self.history) if self._store and self.history.probes else {}

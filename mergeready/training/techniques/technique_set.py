@@ -267,13 +267,13 @@ class TechniqueSet:
         if self._ended:
             return
         self._ended = True
+        self.finish_hooks()
         if self._running:
             reshard(self.run.live.model)
         # What gives the end its weights comes after what holds them in bounds.
         for technique in sorted(self.techniques, key=lambda technique: Touch.END in technique.touches):
             if technique.name in self._running:
                 self._running[technique.name].finish()
-        self.finish_hooks()
 
     def finish_hooks(self) -> None:
         """Let go of the optimizer."""

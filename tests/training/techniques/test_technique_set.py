@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from mergeready import (
+    DistilledFinish,
     DriftPenalty,
     MergeReadyLoop,
     NormGovernor,
@@ -264,6 +265,24 @@ def test_what_is_averaged_is_held_already(tmp_path: Path, kind: Any, averages_fi
     for name, mask in masks().items():
         assert torch.equal(masked[name][~mask], base[name][~mask])
     assert not equal(masked, base)
+
+
+def test_an_end_that_raises_leaves_no_hooks(tmp_path: Path) -> None:
+    def broken(model: Any, batch: Any) -> Tensor:
+        raise RuntimeError("out of memory")
+
+    finish = DistilledFinish(inputs=[examples(1, 0, 4)[0]], norm=0.1, forward=broken)
+    model = expert(1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    techniques = [finish, NormGovernor(max_norm=10.0)]
+    monitor = MergeReadyLoop(tmp_path, base=Net(), techniques=techniques, difficulty=True, picks=None)
+    monitor.prepare(model, optimizer=optimizer)
+    assert optimizer._optimizer_step_post_hooks
+    assert model._forward_hooks
+    with pytest.raises(RuntimeError, match="out of memory"):
+        monitor.finish()
+    assert not optimizer._optimizer_step_post_hooks
+    assert not model._forward_hooks
 
 
 def test_a_second_end_changes_nothing(tmp_path: Path) -> None:
