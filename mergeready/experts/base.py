@@ -150,7 +150,12 @@ def _not_shared(
     own, theirs = ({n for n, info in source.infos.items() if chosen(n, info)} for source in (expert, base))
     if not own and not theirs:
         return own, theirs
-    names = match_names(expert.infos, base.infos, aliases=expert.aliases, base_aliases=base.aliases).to_base
+    names = match_names(
+        expert.infos,
+        base.infos,
+        aliases={**expert.stored_names, **expert.aliases},
+        base_aliases={**base.stored_names, **base.aliases},
+    ).to_base
     same = {
         mine: name
         for mine, name in names.items()

@@ -223,7 +223,12 @@ def pair_with_base(
     """
     own = {name: info for name, info in source.infos.items() if is_mergeable(name, info)}
     theirs = {name: info for name, info in base.source.infos.items() if is_mergeable(name, info)}
-    match = match_names(own, theirs, aliases=source.aliases, base_aliases=base.source.aliases)
+    match = match_names(
+        own,
+        theirs,
+        aliases={**source.stored_names, **source.aliases},
+        base_aliases={**base.source.stored_names, **base.source.aliases},
+    )
     names: dict[str, str] = {}
     problems: list[str] = []
     for name, base_name in match.to_base.items():

@@ -177,6 +177,10 @@ class RowsInOrder(WeightSource):
     def aliases(self) -> Mapping[str, str]:
         return self._source.aliases
 
+    @property
+    def stored_names(self) -> Mapping[str, str]:
+        return self._source.stored_names
+
     def read_flat(self, name: str, start: int, stop: int) -> Tensor:
         if name not in self._names:
             return self._source.read_flat(name, start, stop)

@@ -127,7 +127,10 @@ def _read(name: str, base: WeightSource, source: WeightSource) -> Tensor | None:
     own = name
     if name not in source.infos:
         pairs = match_names(
-            source.infos, base.infos, aliases=source.aliases, base_aliases=base.aliases
+            source.infos,
+            base.infos,
+            aliases={**source.stored_names, **source.aliases},
+            base_aliases={**base.stored_names, **base.aliases},
         ).to_base
         own = next((mine for mine, theirs in pairs.items() if theirs == name), "")
     if own not in source.infos:

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
+
+import torch
 from torch import Tensor, nn
 
 from mergeready.weights.live import LiveSource
 from mergeready.weights.shards import reshard
+from mergeready.weights.source import TensorInfo
 
 _INNER_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 _OUTER_WRAPPERS = {"DistributedDataParallel", "DataParallel", "DeepSpeedEngine"}
@@ -53,6 +58,30 @@ class ModuleSource(LiveSource):
         passing = _non_persistent(module)
         tensors |= {plain_name(n): buffer for n, buffer in module.named_buffers() if n not in passing}
         super().__init__(tensors, label or f"live {type(module).__name__}")
+        self._stored = _stored_names(module, self.infos)
+
+    @property
+    def stored_names(self) -> Mapping[str, str]:
+        return self._stored
+
+
+def _stored_names(module: nn.Module, infos: Mapping[str, TensorInfo]) -> dict[str, str]:
+    """What files have for names that transformers changes as it loads, and changes back as it saves.
+
+    Only where a tensor is one in the file as well; experts of mixtures that it stacks are none.
+    """
+    if not any(ancestor.__name__ == "PreTrainedModel" for ancestor in type(module).__mro__):
+        return {}
+    # The module is loaded, since the model is one of its library's; nothing here may import a framework.
+    change_back = getattr(
+        sys.modules.get("transformers.core_model_loading"), "revert_weight_conversion", None
+    )
+    if change_back is None:
+        return {}
+    marks = {name: torch.empty(info.shape, dtype=info.dtype, device="meta") for name, info in infos.items()}
+    names = {id(mark): name for name, mark in marks.items()}
+    stored = {name: names.get(id(mark)) for name, mark in change_back(module, marks).items()}
+    return {name: own for name, own in stored.items() if own is not None and own != name}
 
 
 def _non_persistent(module: nn.Module) -> set[str]:

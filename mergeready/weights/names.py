@@ -27,8 +27,8 @@ def match_names(
     """Pair names with base names, allowing for one model prefix on either side.
 
     ``BertForSequenceClassification`` calls a weight ``bert.encoder.…`` that ``BertModel`` calls
-    ``encoder.…``; loaders in the wild accept both. The prefix that pairs most names wins. Tied tensors are
-    paired under any of their names.
+    ``encoder.…``; loaders in the wild accept both. The prefix that pairs most names wins. Tensors with several
+    names, as tied ones have, are paired under any of them.
 
     >>> match = match_names(["bert.x.weight", "bert.y.weight", "head.weight"], ["x.weight", "y.weight"])
     >>> match.to_base["bert.x.weight"], match.extra
@@ -36,7 +36,7 @@ def match_names(
     """
     own, base = list(names), list(base_names)
     known = set(base) | set(base_aliases or {})
-    strip, add = _best_prefix(own, known)
+    strip, add = _best_prefix([*own, *(aliases or {})], known)
     other_names: dict[str, list[str]] = {}
     for alias, canonical in (aliases or {}).items():
         other_names.setdefault(canonical, []).append(alias)

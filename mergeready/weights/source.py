@@ -57,6 +57,11 @@ class WeightSource(ABC):
         """Other names of tied tensors, each mapped to the name under which the tensor is listed."""
         return {}
 
+    @property
+    def stored_names(self) -> Mapping[str, str]:
+        """What files call tensors that a model in memory calls otherwise, each mapped to the name listed here."""
+        return {}
+
     @abstractmethod
     def read_flat(self, name: str, start: int, stop: int) -> Tensor:
         """Elements ``start`` to ``stop`` of the tensor in row-major order, as a 1-D tensor.
