@@ -38,7 +38,8 @@ def groups(cosine: ArrayLike, *, least: float = LEAST_COSINE) -> Groups:
     quadratic in the number n of experts: 12 n² bytes.
 
     Args:
-        cosine: Cosine by pair, shape (n, n), symmetric; n at least 2.
+        cosine: Cosine by pair, shape (n, n), symmetric; n at least 2. NaN, of an expert that equals its base, is unlike
+            anything.
         least: Average cosine, −1 to 1.
 
     Raises:
@@ -55,7 +56,7 @@ def groups(cosine: ArrayLike, *, least: float = LEAST_COSINE) -> Groups:
         raise OptionError(f"`least` must be a cosine, -1 to 1, not {least}.")
     if values.ndim != 2 or values.shape[0] != values.shape[1] or len(values) < 2:
         raise OptionError(f"`cosine` must be a square matrix of at least two experts, not {values.shape}.")
-    distance = (1 - values).clip(min=0)
+    distance = np.nan_to_num(1 - values, nan=2.0).clip(min=0)
     np.fill_diagonal(distance, 0)
     tree = linkage(squareform(distance, checks=False), "average")
     found = fcluster(tree, 1 - least, "distance")

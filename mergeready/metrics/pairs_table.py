@@ -45,22 +45,23 @@ def _columns(pairs: AllPairs, groups: Sequence[int] | None) -> Iterator[dict[str
     count = len(pairs.labels)
     height = max(_ROWS_OF_A_GROUP // count, 1)
     labels = np.array(pairs.labels, dtype=object)
-    norms = np.maximum(pairs.norms, np.finfo(np.float64).tiny)
     for start in range(0, count - 1, height):
         above = np.arange(start, min(start + height, count))[:, None] < np.arange(count)
         rows, columns = np.nonzero(above)
         rows += start
         unknown = np.full(len(rows), None)
+        smaller = np.minimum(pairs.norms[rows], pairs.norms[columns])
+        larger = np.maximum(pairs.norms[rows], pairs.norms[columns])
         yield {
             "a": labels[rows],
             "b": labels[columns],
-            "cosine": pairs.cosine[rows, columns],
+            "cosine": _with_gaps(pairs.cosine[rows, columns]),
             "sign_conflict": _with_gaps(pairs.sign_conflict[rows, columns]),
             "cosine_error": unknown if pairs.cosine_error is None else pairs.cosine_error[rows, columns],
             "sign_error": unknown
             if pairs.sign_error is None
             else _with_gaps(pairs.sign_error[rows, columns]),
-            "norm_ratio": np.maximum(norms[rows] / norms[columns], norms[columns] / norms[rows]),
+            "norm_ratio": _with_gaps(larger / np.where(smaller > 0, smaller, np.nan)),
             "same_group": unknown if groups is None else np.array(groups)[rows] == np.array(groups)[columns],
         }
 

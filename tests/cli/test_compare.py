@@ -30,6 +30,16 @@ def test_every_output_of_an_exact_comparison(here: Path, tmp_path: Path) -> None
         assert image.size[0] > 300
 
 
+def test_an_expert_that_equals_its_base_has_pairs_that_are_not_known(here: Path, tmp_path: Path) -> None:
+    outputs = [tmp_path / f"x{ending}" for ending in (".png", ".html", ".parquet")]
+    succeed("compare", "base", "law", "adapter", "base", *(part for path in outputs for part in ("-o", path)))
+    rows = {(row["a"], row["b"]): row for row in parquet.read_table(outputs[2]).to_pylist()}
+    assert rows["law", "adapter"]["norm_ratio"] >= 1
+    for name in ("law", "adapter"):
+        row = rows[name, "base"]
+        assert (row["cosine"], row["norm_ratio"], row["same_group"]) == (None, None, False)
+
+
 def test_estimates_say_how_exact_they_are(here: Path) -> None:
     text = succeed("compare", "base", "law", "adapter", "--estimate")
     assert "standard errors at most 0 (cosine)" in text  # a tiny model is sampled whole
