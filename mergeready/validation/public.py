@@ -11,7 +11,7 @@ from mergeready.errors import OptionError, listing
 from mergeready.merging.provenance import public_name
 from mergeready.validation.report import Report
 
-_LOCAL_PATH = re.compile(r"(?<![\w:.])(?:/|~/|[A-Za-z]:\\)[^\s,;:)\"']+")
+_LOCAL_PATH = re.compile(r"(?<![\w:.])(?:/|~/|\.\.?/|[A-Za-z]:\\)[^\s,;:)\"']+")
 PRIVATE: Mapping[str, re.Pattern[str]] = {
     "a local path": re.compile(
         r"(?<![\w:/.])(?:/(?:home|root|Users|Volumes|tmp|mnt|data|scratch|workspace|fsx|gpfs|lustre|nfs|content/drive|"
