@@ -113,8 +113,14 @@ def update_card(folder: Path, fields: Mapping[str, Any], section: str) -> Path:
     made = with_section(with_fields(text, fields), section)
     if made != text:
         with new_file(path) as temporary:
-            temporary.write_text(made, encoding="utf-8")
+            temporary.write_text(made, encoding="utf-8", newline=_line_end(path))
     return path
+
+
+def _line_end(path: Path) -> str:
+    """What lines of a text end with: those of Windows, where all do, or a line feed."""
+    text = path.read_bytes() if path.is_file() else b""
+    return "\r\n" if 0 < text.count(b"\r\n") == text.count(b"\n") else "\n"
 
 
 def _parse(block: str) -> dict[str, Any]:

@@ -80,6 +80,14 @@ def test_metadata_is_where_the_hub_sees_it(tmp_path: Path, before: str) -> None:
     assert (data.license, data.base_model, data.tags) == ("apache-2.0", "org/base", ["merge"])
 
 
+def test_lines_of_windows_stay_so(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_bytes(CARD.replace("\n", "\r\n").encode())
+    made = update_card(tmp_path, {"tags": ["merge"]}, "Ours.").read_bytes()
+    assert made.count(b"\n") == made.count(b"\r\n")
+    assert b"license: apache-2.0\r\n" in made
+    assert update_card(tmp_path, {"tags": ["merge"]}, "Ours.").read_bytes() == made
+
+
 def test_a_card_without_metadata(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("# Law", encoding="utf-8")
     update_card(tmp_path, {"license": "mit"}, "Ours.")
