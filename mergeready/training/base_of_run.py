@@ -112,7 +112,11 @@ def _if_equal(folder: Path, source: WeightSource) -> Base | None:
 
 
 def _write_snapshot(source: WeightSource, path: Path) -> None:
-    with FolderWriter(path, source.infos, overwrite=True) as writer:
-        for name, info in source.infos.items():
+    # Under the names of files, as peers have them.
+    names = {name: name for name in source.infos} | {own: name for name, own in source.stored_names.items()}
+    with FolderWriter(
+        path, {names[own]: info for own, info in source.infos.items()}, overwrite=True
+    ) as writer:
+        for own, info in source.infos.items():
             for start, stop in chunk_ranges(info):
-                writer.write(name, source.read_flat(name, start, stop), start)
+                writer.write(names[own], source.read_flat(own, start, stop), start)

@@ -9,10 +9,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import BertForSequenceClassification, BertModel
+from transformers import BertForSequenceClassification, BertModel, ViTConfig, ViTModel
 
 from mergeready.errors import HistoryError
 from mergeready.experts import Base, LiveExpert
+from mergeready.experts.open import open_expert
 from mergeready.training.base_of_run import base_of_run
 from tests.models import TinyConvNet, perturb, tiny_bert, tiny_encoder, tiny_gpt2
 from tests.training.small import Net, expert, state_of
@@ -55,6 +56,21 @@ class TestAtTheStart:
         base = begin(model, tmp_path / "run")
         assert base is not None
         assert base.folder == pretrained
+
+    def test_peers_fit_the_snapshot_of_a_model_that_files_call_otherwise(self, tmp_path: Path) -> None:
+        """As of one that was loaded by its hub id."""
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+        ViTModel(ViTConfig(image_size=16, patch_size=8, **sizes)).save_pretrained(tmp_path / "vit")
+        model = ViTModel.from_pretrained(tmp_path / "vit")
+        model.config._name_or_path = "org/vit"
+        base = begin(model, tmp_path / "run")
+        assert base is not None
+        assert base.folder == tmp_path / "run" / "base"
+        live = LiveExpert(model, base)
+        assert (live.extra, live.missing) == ((), ())
+        perturb(model, 1).save_pretrained(tmp_path / "peer")
+        peer = open_expert(tmp_path / "peer", base)
+        assert set(peer.vector) == set(base.source.infos)
 
     def test_also_with_a_new_head(self, tmp_path: Path) -> None:
         tiny_encoder().save_pretrained(tmp_path / "encoder")
