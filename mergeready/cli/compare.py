@@ -107,7 +107,7 @@ def compare(
     for path in outputs:
         if not screen.quiet:
             write(path, pairs)
-            screen.print(f"Wrote {escape(str(path))}", highlight=False)
+            screen.print(f"Wrote {escape(str(path))}", highlight=False, soft_wrap=True)
 
 
 def _require_together(

@@ -189,4 +189,4 @@ def show_nearest(
     screen.print(f"Approximate; standard error of a cosine {found.error:.2g}.", style="dim", highlight=False)
     for path in () if screen.quiet else output:
         write_neighbours(path, found)
-        screen.print(f"Wrote {escape(str(path))}", highlight=False)
+        screen.print(f"Wrote {escape(str(path))}", highlight=False, soft_wrap=True)

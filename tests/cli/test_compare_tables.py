@@ -53,9 +53,11 @@ class TestCompare:
 
     @pytest.mark.parametrize("suffix", [".png", ".svg"])
     def test_heatmaps(self, suffix: str, here: Path, tmp_path: Path) -> None:
-        path = tmp_path / f"heatmap{suffix}"
+        folder = tmp_path / ("long " * 20)
+        folder.mkdir()
+        path = folder / f"heatmap{suffix}"
         text = succeed("compare", "base", "law", "code[bold]", "-o", path)
-        assert "Wrote" in text
+        assert f"Wrote {path}" in text, "a path is never broken into lines"
         assert path.stat().st_size > 1000
 
     def test_heads_stay_out_when_that_is_allowed(self, here: Path, main: Main) -> None:
