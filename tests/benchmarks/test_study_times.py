@@ -47,3 +47,20 @@ def test_times_alone_change_and_only_of_the_arms_that_are_named(study_file: Path
     Path(run).write_text(json.dumps(broken), encoding="utf-8")
     with pytest.raises(RuntimeError, match="otherwise than it did"):
         retime(settings, folder, [first])
+
+
+def test_times_against_another_arm_are_at_the_pace_at_which_that_one_was_measured(
+    study_file: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    settings, folder = load_study(study_file), tmp_path / "done"
+    Runner(settings, folder).run()
+    for path, text in texts(folder).items():
+        Path(path).write_text(TIMES.sub(OLD, text), encoding="utf-8")
+    before, (first, second) = texts(folder), settings.arms
+    retime(settings, folder, [second], against=first)
+    changed = {path: text for path, text in texts(folder).items() if text != before[path]}
+    assert changed
+    assert not any(f"/cells/{first}/" in path for path in changed)
+    times = [float(word.partition(":")[2]) for text in changed.values() for word in TIMES.findall(text)]
+    assert all(1e7 < seconds < 1e11 for seconds in times), "of seconds that took the first arm 1e9"
