@@ -86,7 +86,7 @@ on a shared machine. What each arm sets is in `benchmarks/studies/{screening.set
     if images.results.contents:
         parts.append(_on_images(images))
     if eight.results.contents:
-        parts.append(_closing([seeds.results, eight.results]))
+        parts.append(_closing([seeds, eight]))
     return "\n\n".join(parts)
 
 
@@ -180,27 +180,39 @@ def _gains(fewer: Results, more: Results) -> str:
     return "; ".join(texts)
 
 
-def _closing(studies: Sequence[Results]) -> str:
+def _closing(studies: Sequence[Study]) -> str:
     """What follows for defaults."""
     lines = []
-    for results in studies:
+    for results in (study.results for study in studies):
         methods = merge_labels(results)
-        plain_best = max(methods, key=lambda method: _value(Place(PLAIN, "end", method), results))
-        best = max(_techniques(results), key=lambda arm: _value(Place(arm, "end", LEADING), results))
+        plain_best = max(methods, key=lambda method: _validation(Place(PLAIN, "end", method), results))
+        best = max(_techniques(results), key=lambda arm: _validation(Place(arm, "end", LEADING), results))
         lines.append(
             f"{plain(Place(PLAIN, 'end', plain_best).sample(results))} by {plain_best} without a technique, against "
             f"{plain(Place(best, 'end', LEADING).sample(results))} by {LEADING} with `{best}`"
         )
-    reaching = [arm for results in studies for arm in _techniques(results) if not _missed(arm, results)]
+    reaching = [arm for s in studies for arm in _techniques(s.results) if not _missed(arm, s.results)]
     if other := [arm for arm in reaching if arm != RECOMMENDED]:
         raise RuntimeError(f"{_names(other)} reaches every goal of a default: it has to become one.")
-    verdict = (
-        f"Where merges are by {LEADING}, `{RECOMMENDED}` reaches every goal, with the settings that are its defaults. No run has it unasked, as it needs files from peers"
-        if reaching
-        else f"Where merges are by {LEADING}, no technique reaches every goal, so mergeready's defaults use none"
-    )
-    return f"""{verdict}; the merge method matters as much ({"; ".join(lines)}), and recipes
+    return f"""{_verdict(studies)}; the merge method matters as much ({"; ".join(lines)}), and recipes
 for whole text encoders follow that. `mergeready/recommendations.yaml` says which technique to take where merges are by task arithmetic."""
+
+
+def _verdict(studies: Sequence[Study]) -> str:
+    """Where what is recommended reaches the goals of a default, and what it misses elsewhere."""
+    missed = {
+        study.tasks: _missed(RECOMMENDED, study.results)
+        for study in studies
+        if RECOMMENDED in study.results.labels("arm")
+    }
+    reached = [f"among {COUNTS[count]} experts" for count, goals in missed.items() if not goals]
+    if not reached:
+        return f"Where merges are by {LEADING}, no technique reaches every goal, so mergeready's defaults use none"
+    elsewhere = "".join(
+        f"; among {COUNTS[count]} it misses {_and(goals)}" for count, goals in missed.items() if goals
+    )
+    return f"""Where merges are by {LEADING}, `{RECOMMENDED}` reaches every goal {_and(reached)}, with the settings that are its defaults{elsewhere}.
+No run has it unasked, as it needs files from peers"""
 
 
 def screening_table(results: Results) -> str:

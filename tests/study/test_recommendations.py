@@ -136,7 +136,15 @@ def test_the_kronecker_filter_is_by_default_what_was_measured() -> None:
     assert over.value >= 0.02
     assert over.over_seeds().low > 0  # type: ignore[operator]
     assert round(gain.value, 2) == 0.05
-    assert "about five points" in " ".join((ROOT / "README.md").read_text().split())
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert "of eight experts by task arithmetic by about five points" in readme
+    fewer = kept("techniques_seeds").difference(
+        (chosen, 160, "task_arithmetic"), ("cosine", 160, "task_arithmetic")
+    )
+    assert fewer is not None
+    assert round(fewer.value, 2) == 0.02
+    assert fewer.over_seeds().low < 0  # type: ignore[operator]
+    assert "of six by about two, which three seeds do not tell from none" in readme
     spectral = change_of(chosen, "tsv_m").over_seeds()
     assert spectral.low < 0 < spectral.high  # type: ignore[operator]
 

@@ -28,7 +28,7 @@ class KroneckerFilter(Technique):
     shared). Adam's second moments do not see it, it is stable for any λ, and it may come rarely. Directions that no
     peer cares about are free. Parameters without factors (norms, embeddings, convolutions, the task's head) are left
     alone. A proximal step on the penalty of TAK (arXiv 2602.17385), which takes gradients; no published figures.
-    Among eight text encoders, merges by task arithmetic and TIES gained much, and experts lost little
+    Among eight text encoders, merges by task arithmetic and TIES gained much, among six less, and experts lost little
     (docs/results.md); the defaults are what was measured. Tune the merge scale, as task vectors become shorter.
 
     B and A are seen in their ``rank`` leading eigenvectors and one eigenvalue for all the rest.
