@@ -153,8 +153,8 @@ def _not_shared(
     names = match_names(
         expert.infos,
         base.infos,
-        aliases={**expert.stored_names, **expert.aliases},
-        base_aliases={**base.stored_names, **base.aliases},
+        aliases=expert.other_names,
+        base_aliases=base.other_names,
     ).to_base
     same = {
         mine: name

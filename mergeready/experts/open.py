@@ -226,8 +226,8 @@ def pair_with_base(
     match = match_names(
         own,
         theirs,
-        aliases={**source.stored_names, **source.aliases},
-        base_aliases={**base.source.stored_names, **base.source.aliases},
+        aliases=source.other_names,
+        base_aliases=base.source.other_names,
     )
     names: dict[str, str] = {}
     problems: list[str] = []

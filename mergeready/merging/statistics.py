@@ -129,8 +129,8 @@ def _read(name: str, base: WeightSource, source: WeightSource) -> Tensor | None:
         pairs = match_names(
             source.infos,
             base.infos,
-            aliases={**source.stored_names, **source.aliases},
-            base_aliases={**base.stored_names, **base.aliases},
+            aliases=source.other_names,
+            base_aliases=base.other_names,
         ).to_base
         own = next((mine for mine, theirs in pairs.items() if theirs == name), "")
     if own not in source.infos:

@@ -62,6 +62,11 @@ class WeightSource(ABC):
         """What files call tensors that a model in memory calls otherwise, each mapped to the name listed here."""
         return {}
 
+    @property
+    def other_names(self) -> Mapping[str, str]:
+        """Every other name of a tensor, in files or tied, mapped to the name listed here."""
+        return {**self.stored_names, **self.aliases}
+
     @abstractmethod
     def read_flat(self, name: str, start: int, stop: int) -> Tensor:
         """Elements ``start`` to ``stop`` of the tensor in row-major order, as a 1-D tensor.
